@@ -1,0 +1,268 @@
+"""What all HDF5 files of the project share: format and version, text, bfloat16, checks, atomic creation.
+
+Every file has the root attributes `format`, `version`, `creator`, `created` and `sources`; files made by a
+job carry `/job` and `/environment` as JSON text. Text and bytes are uint8 datasets, and attributes are
+numbers or fixed-length strings: variable-length types are neither written nor read, because damaged ones
+can hang the HDF5 library where Python cannot interrupt it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+import moempi
+from moempi.errors import DataError
+
+VERSIONS = {"inputs": 1, "weights": 1, "outputs": 1, "trace": 1, "placement": 1}
+# What the HDF5 1.10 tools of current distributions can still read.
+LIBVER = ("earliest", "v110")
+COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+CHUNK = 65536
+
+
+def _bfloat16_type() -> h5py.h5t.TypeID:
+    kind = h5py.h5t.IEEE_F32LE.copy()
+    kind.set_fields(15, 7, 8, 0, 7)  # sign, exponent and mantissa: bit positions and sizes
+    kind.set_size(2)
+    kind.set_ebias(127)
+    return kind
+
+
+BFLOAT16 = _bfloat16_type()
+
+
+# ---------------------------------------------------------------- creating and opening
+
+
+@contextmanager
+def create(path: Path, kind: str, *, sources: Mapping[str, str] | None = None, job: str = "") -> Iterator[h5py.File]:
+    """Write a file of `kind` under a temporary name; move it into place, synced, when the block ends well.
+
+    Args:
+        path: the final name; an existing file of that name is replaced at once or not at all.
+        kind: a key of `VERSIONS`.
+        sources: {name: SHA-256 in hex} of the files that this one is made from.
+        job: the effective job as JSON text; stored with the environment where given.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with h5py.File(temporary, "w", libver=LIBVER) as file:
+            _stamp(file, kind, sources or {})
+            if job:
+                write_text(file, "job", job)
+                write_text(file, "environment", json.dumps(environment(), indent=2))
+            yield file
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _stamp(file: h5py.File, kind: str, sources: Mapping[str, str]) -> None:
+    set_text_attribute(file, "format", f"moempi-{kind}")
+    file.attrs["version"] = VERSIONS[kind]
+    set_text_attribute(file, "creator", f"moempi {moempi.__version__}")
+    set_text_attribute(file, "created", datetime.now(UTC).isoformat(timespec="seconds"))
+    write_text(file, "sources", json.dumps(dict(sources), indent=2))
+
+
+@contextmanager
+def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
+    """Open a file of `kind` for reading; every HDF5 error inside the block becomes a DataError that names it.
+
+    Raises:
+        DataError: missing, not HDF5, another format or version, or it holds a link or a type that is refused.
+    """
+    try:
+        file = h5py.File(path, "r")
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file; expected moempi {kind}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened as HDF5 (truncated, or not HDF5): {error}") from None
+    with file:
+        try:
+            _check_stamp(file, path, kind)
+            check_safe(file, path)
+            yield file
+        except (OSError, RuntimeError, KeyError) as error:
+            raise DataError(f"{path}: damaged {kind} file: {error}") from error
+
+
+def _check_stamp(file: h5py.File, path: Path, kind: str) -> None:
+    found = text_attribute(file, "format")
+    if found != f"moempi-{kind}":
+        raise DataError(f"{path}: format is {found or 'not given'!r}; expected 'moempi-{kind}'")
+    version = file.attrs.get("version")
+    if version is None or int(version) != VERSIONS[kind]:
+        raise DataError(f"{path}: version {version} of moempi-{kind}; this program reads version {VERSIONS[kind]}")
+
+
+def check_safe(group: h5py.Group, path: Path) -> None:
+    """Refuse links that leave the file, variable-length types, and attributes of such types.
+
+    Raises:
+        DataError: naming the object.
+    """
+    _check_attributes(group, path)
+    for name in group:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise DataError(f"{path}: {group.name}/{name} is a link; links are not followed")
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            check_safe(item, path)
+        elif isinstance(item, h5py.Dataset):
+            _check_dataset(item, path)
+
+
+def _check_dataset(item: h5py.Dataset, path: Path) -> None:
+    if _is_variable(item.id.get_type()):
+        raise DataError(f"{path}: {item.name} has a variable-length type, which is refused")
+    if item.external or item.is_virtual:
+        raise DataError(f"{path}: {item.name} keeps its data in another file, which is refused")
+    _check_attributes(item, path)
+
+
+def _check_attributes(item: h5py.HLObject, path: Path) -> None:
+    for index in range(h5py.h5a.get_num_attrs(item.id)):
+        attribute = h5py.h5a.open(item.id, index=index)
+        if _is_variable(attribute.get_type()):
+            raise DataError(f"{path}: attribute {attribute.name.decode()} of {item.name} has a variable-length type")
+
+
+def _is_variable(kind: h5py.h5t.TypeID) -> bool:
+    if isinstance(kind, h5py.h5t.TypeStringID):
+        return bool(kind.is_variable_str())
+    return kind.get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM)
+
+
+# ---------------------------------------------------------------- text
+
+
+def set_text_attribute(item: h5py.HLObject, name: str, text: str) -> None:
+    """A short text (< 64 KiB) as a fixed-length UTF-8 attribute."""
+    raw = text.encode()
+    item.attrs.create(name, np.bytes_(raw), dtype=h5py.string_dtype("utf-8", max(1, len(raw))))
+
+
+def text_attribute(item: h5py.HLObject, name: str) -> str:
+    """The text of an attribute, or "" where there is none (or not of a fixed length)."""
+    if name.encode() not in [h5py.h5a.open(item.id, index=i).name for i in range(h5py.h5a.get_num_attrs(item.id))]:
+        return ""
+    if _is_variable(h5py.h5a.open(item.id, name.encode()).get_type()):
+        return ""
+    value = item.attrs[name]
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def write_text(group: h5py.Group, name: str, text: str) -> None:
+    """A text of any length, as a uint8 dataset of its UTF-8 bytes."""
+    dataset = group.create_dataset(name, data=np.frombuffer(text.encode(), dtype=np.uint8))
+    set_text_attribute(dataset, "content", "UTF-8 text")
+
+
+def read_text(group: h5py.Group, name: str) -> str:
+    """The text that `write_text` stored.
+
+    Raises:
+        DataError: there is none of that name, or it is not UTF-8.
+    """
+    if name not in group:
+        raise DataError(f"{group.file.filename}: {group.name} has no `{name}`")
+    try:
+        return bytes(np.asarray(group[name][...], dtype=np.uint8)).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{group.file.filename}: {group[name].name} is not UTF-8 text: {error}") from None
+
+
+def write_ragged_text(group: h5py.Group, name: str, texts: list[str]) -> None:
+    """Texts as `name` (uint8) and `name_offsets` (int64, one more than there are texts)."""
+    raw = [text.encode() for text in texts]
+    write_column(group, name, np.frombuffer(b"".join(raw), dtype=np.uint8))
+    write_column(group, f"{name}_offsets", np.cumsum([0, *map(len, raw)], dtype=np.int64))
+
+
+def read_ragged_text(group: h5py.Group, name: str) -> list[str]:
+    """The texts that `write_ragged_text` stored."""
+    raw = bytes(np.asarray(group[name][...], dtype=np.uint8))
+    ends = read_offsets(group, f"{name}_offsets", len(raw))
+    return [raw[a:b].decode(errors="replace") for a, b in pairwise(ends)]
+
+
+# ---------------------------------------------------------------- columns
+
+
+def write_column(group: h5py.Group, name: str, data: np.ndarray, *, units: str = "", text: str = "") -> h5py.Dataset:
+    """One array as a compressed, chunked dataset with `units` and `long_name`; empty ones are stored plainly."""
+    options = dict(COMPRESSION, chunks=(min(CHUNK, len(data)), *data.shape[1:])) if data.size else {}
+    dataset = group.create_dataset(name, data=data, **options)
+    for key, value in (("units", units), ("long_name", text)):
+        if value:
+            set_text_attribute(dataset, key, value)
+    return dataset
+
+
+def read_offsets(group: h5py.Group, name: str, total: int) -> np.ndarray:
+    """Offsets of a ragged array: int64, from 0 to `total`, never falling.
+
+    Raises:
+        DataError: they are not.
+    """
+    offsets = np.asarray(group[name][...])
+    fine = offsets.ndim == 1 and offsets.dtype.kind in "iu" and len(offsets) > 0
+    if not fine or offsets[0] != 0 or int(offsets[-1]) != total or np.any(offsets[1:] < offsets[:-1]):
+        raise DataError(f"{group.file.filename}: {group[name].name} must rise from 0 to {total}")
+    return offsets.astype(np.int64)
+
+
+# ---------------------------------------------------------------- where a file comes from
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def environment() -> dict[str, str]:
+    """What a result may depend on besides the job: program, library builds and processor."""
+    import torch
+
+    return {
+        "moempi": moempi.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "h5py": h5py.__version__,
+        "hdf5": h5py.version.hdf5_version,
+        "machine": platform.machine(),
+        "processor_capability": torch.backends.cpu.get_cpu_capability(),
+    }

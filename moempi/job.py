@@ -1,0 +1,272 @@
+"""The job file: every option, its default, its unit, its check.
+
+A job is TOML. `load_job` reads it, applies `--set section.key=value` overrides, resolves paths
+against the folder of the job file and returns one immutable `Job`. Nothing here imports MPI or torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from moempi.errors import JobError
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_bytes(value: Any) -> Any:
+    """Bytes of `"64 MiB"`, `"80 GB"` or a plain number; anything else is left for pydantic to refuse."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
+        if match and match[2].lower() in _UNITS:
+            return int(float(match[1]) * _UNITS[match[2].lower()])
+    return value
+
+
+def _power_of_two(value: int) -> int:
+    if value & (value - 1):
+        raise ValueError("must be a power of two")
+    return value
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+def option(default: Any, text: str, unit: str = "", **checks: Any) -> Any:
+    """A field of a section: its default, what it does, its unit and its bounds."""
+    return Field(default, description=text, json_schema_extra={"unit": unit} if unit else None, **checks)
+
+
+class Section(BaseModel):
+    """One table of the job file; an unknown key in it is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelOptions(Section):
+    weights: Path = option(..., "weights file, made by `moempi weights import` or `init`")
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "type of weights and activations; auto takes the type that the weights are stored in"
+    )
+    mode: Literal["auto", "exact", "fast"] = option(
+        "auto", "exact: bits never depend on the layout; fast: they may (GPU only). auto is exact on the CPU"
+    )
+    leaves: Annotated[int, AfterValidator(_power_of_two)] = option(
+        1, "blocks that every expert's hidden dimension is summed in; a cut expert needs as many as its pieces", ge=1
+    )
+
+
+class InputOptions(Section):
+    file: Path = option(..., "prompts, made by `moempi inputs make`")
+
+
+class OutputOptions(Section):
+    file: Path = option(..., "completions; must not exist unless --resume or --overwrite is given")
+    commit_every: Seconds = option(10.0, "longest time that a finished sequence stays uncommitted", "s")
+
+
+class GenerateOptions(Section):
+    max_new_tokens: int = option(64, "new tokens per sequence, where the input does not say otherwise", "tokens", ge=1)
+    stop_at_eos: bool = option(True, "end a sequence at the model's end-of-sequence token")
+
+
+class RunOptions(Section):
+    capacity: int = option(8, "sequences that a home rank works on at the same time", "sequences", ge=1)
+    prefill_tokens: int = option(512, "most tokens of one microbatch in a step", "tokens", ge=1)
+    microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = option(
+        "auto", "microbatches in flight on every rank; auto: 2 where expert calls are large enough, else 1"
+    )
+    threads: Literal["auto"] | Annotated[int, Field(ge=1)] = option(
+        "auto", "threads per rank; auto divides the node's cores among its ranks"
+    )
+    grace: Seconds = option(30.0, "time that a drain may take after a signal", "s")
+
+
+class PlacementOptions(Section):
+    strategy: Literal["linear", "balanced", "random", "file"] = option("linear", "how experts are placed on ranks")
+    file: Path | None = option(None, "placement file, for strategy = file")
+    load: Path | None = option(None, "trace whose measured load `balanced` packs by; without one, experts count alike")
+    seed: int = option(0, "seed of strategy = random", ge=0)
+    strict: bool = option(False, "refuse more than one slot per rank and layer")
+    replicas: Literal["auto"] | Annotated[int, Field(ge=0)] = option(
+        "auto", "extra slots per layer for copies of the busiest experts; auto fills ranks that would hold none"
+    )
+
+
+class AdmissionOptions(Section):
+    policy: Literal["balanced", "rank0"] = option("balanced", "which ranks are homes: all of them, or rank 0 alone")
+
+
+class ExchangeOptions(Section):
+    lockstep: bool = option(False, "meet all ranks in a barrier after every layer, for comparison")
+    arrival_budget: Bytes = option(
+        256 * 2**20, "memory for received rows and their answers; raised to one largest message", "bytes"
+    )
+    piece_bytes: Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, lt=2**31)] = option(
+        256 * 2**20, "larger messages are sent in pieces", "bytes"
+    )
+
+
+class EngineOptions(Section):
+    slice: Seconds = option(0.002, "longest computation between two looks at the network", "s")
+    stall_timeout: Seconds = option(300.0, "an unanswered dispatch older than this ends the job", "s")
+
+
+class MemoryOptions(Section):
+    limit: Bytes = option(0, "memory per rank that the job may plan with; 0: not checked", "bytes")
+    kv_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = option(
+        "auto", "positions in a home's KV cache; auto: capacity times the longest sequence", "tokens"
+    )
+
+
+class TraceOptions(Section):
+    level: Literal["off", "summary", "full", "routes"] = option(
+        "summary", "summary: counts and sums; full: and spans; routes: and every token's experts and weights"
+    )
+    file: Path | None = option(None, "trace file; by default beside the output, ending in .trace.h5")
+    flush_every: Seconds = option(300.0, "longest time that a rank keeps its trace in memory", "s")
+
+
+class ProgressOptions(Section):
+    every: Seconds = option(10.0, "time between two lines of progress", "s")
+
+
+class Job(Section):
+    """A whole job, checked. Paths are absolute once `load_job` has returned it."""
+
+    model: ModelOptions
+    input: InputOptions
+    output: OutputOptions
+    generate: GenerateOptions = GenerateOptions()
+    run: RunOptions = RunOptions()
+    placement: PlacementOptions = PlacementOptions()
+    admission: AdmissionOptions = AdmissionOptions()
+    exchange: ExchangeOptions = ExchangeOptions()
+    engine: EngineOptions = EngineOptions()
+    memory: MemoryOptions = MemoryOptions()
+    trace: TraceOptions = TraceOptions()
+    progress: ProgressOptions = ProgressOptions()
+
+    def to_json(self) -> str:
+        """The effective job: every option with its value, as JSON text."""
+        return json.dumps(self.model_dump(mode="json"), indent=2)
+
+    @property
+    def trace_file(self) -> Path:
+        """Where the trace goes: `trace.file`, or the output's name ending in .trace.h5."""
+        return self.trace.file or self.output.file.with_suffix(".trace.h5")
+
+
+def load_job(path: Path, overrides: list[str] | None = None) -> Job:
+    """Read and check a job file.
+
+    Args:
+        path: the TOML file; relative paths inside it are relative to its folder.
+        overrides: `section.key=value` strings; a value is TOML, or plain text where it is not valid TOML.
+
+    Raises:
+        JobError: naming the file, the option, what was found and what was expected.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JobError(f"{path}: there is no such job file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise JobError(f"{path}: cannot be read as TOML: {error}") from None
+    for override in overrides or []:
+        _apply(table, override)
+    return job_from_table(table, path)
+
+
+def job_from_table(table: dict[str, Any], path: Path) -> Job:
+    """Check a table of options as if it stood in the job file `path` (which need not exist)."""
+    try:
+        job = Job.model_validate(table)
+    except ValidationError as error:
+        raise JobError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
+    _check_together(job, path)
+    return _resolve_paths(job, path.resolve().parent)
+
+
+def _apply(table: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not equals or not dot or not name or "." in name:
+        raise JobError(f"--set {override}: expected section.key=value, for example --set run.capacity=16")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    held = table.setdefault(section, {})
+    if not isinstance(held, dict):
+        raise JobError(f"--set {override}: `{section}` is not a section")
+    held[name] = value
+
+
+def _explain(error: ValidationError) -> list[str]:
+    return [_explain_one(dict(item)) for item in error.errors()]
+
+
+def _explain_one(item: dict[str, Any]) -> str:
+    # A union's branches add their own names behind section and key: only the first two name the option.
+    where = [str(part) for part in item["loc"][:2]]
+    name = ".".join(where)
+    if item["type"] == "extra_forbidden":
+        known = known_options()
+        pool = sorted({key.split(".")[0] for key in known}) if len(where) == 1 else known
+        near = difflib.get_close_matches(name, pool, n=1, cutoff=0.4)
+        return f"unknown option `{name}`" + (f"; did you mean `{near[0]}`?" if near else "")
+    if item["type"] == "missing":
+        return f"`{name}` is missing; every job needs it"
+    return f"`{name}` = {item['input']!r}: {item['msg']}"
+
+
+def known_options() -> list[str]:
+    """Every option as `section.key`, in the order of this file."""
+    return [
+        f"{section}.{key}"
+        for section, field in Job.model_fields.items()
+        for key in field.annotation.model_fields  # type: ignore[union-attr]
+    ]
+
+
+def _check_together(job: Job, path: Path) -> None:
+    if job.placement.strategy == "file" and job.placement.file is None:
+        raise JobError(f"{path}: `placement.strategy` = 'file' needs `placement.file`")
+    if job.placement.file is not None and job.placement.strategy != "file":
+        raise JobError(f"{path}: `placement.file` is given, but `placement.strategy` is {job.placement.strategy!r}")
+    if job.placement.load is not None and job.placement.strategy != "balanced":
+        raise JobError(f"{path}: `placement.load` is given, but `placement.strategy` is {job.placement.strategy!r}")
+
+
+def _resolve_paths(job: Job, folder: Path) -> Job:
+    changes: dict[str, Section] = {}
+    for name in type(job).model_fields:
+        section = getattr(job, name)
+        paths = {key: folder / value for key, value in section if isinstance(value, Path)}
+        if paths:
+            changes[name] = section.model_copy(update=paths)
+    return job.model_copy(update=changes)
+
+
+def describe_options() -> list[tuple[str, str, str, str]]:
+    """(name, default, unit, text) of every option, for `moempi run --help-job` and the documentation."""
+    rows = []
+    for section, field in Job.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, Section)
+        for key, entry in model.model_fields.items():
+            extra = entry.json_schema_extra
+            unit = str(extra["unit"]) if isinstance(extra, dict) and "unit" in extra else ""
+            default = "required" if entry.is_required() else json.dumps(entry.get_default(), default=str)
+            choices = get_args(entry.annotation) if getattr(entry.annotation, "__origin__", None) is Literal else ()
+            shown = f"{default} of {', '.join(map(str, choices))}" if choices else default
+            rows.append((f"{section}.{key}", shown, unit, entry.description or ""))
+    return rows
