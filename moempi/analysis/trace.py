@@ -1,0 +1,161 @@
+"""A trace as the questions see it: its columns as arrays, read when they are first asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from moempi.errors import DataError
+from moempi.files import schema
+from moempi.files.trace import SHAPE, fill_from_parts, groups_of
+from moempi.recorder import LEVELS
+
+Open = Callable[[], AbstractContextManager[h5py.File]]
+
+
+class Columns(Mapping[str, np.ndarray]):
+    """The columns of one group of the trace, all of the same length; each is read once, when it is asked for."""
+
+    def __init__(self, open_file: Open, group: str) -> None:
+        self._open, self._group = open_file, group
+        self._read: dict[str, np.ndarray] = {}
+        with open_file() as file:
+            self._names = tuple(file[group])
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._names:
+            raise KeyError(f"/{self._group} has no column {name!r}; it has {', '.join(self._names)}")
+        if name not in self._read:
+            with self._open() as file:
+                self._read[name] = file[self._group][name][...]
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Trace:
+    """A trace that was loaded; docs name the columns of each group, `moempi.files.trace.COLUMNS` lists them.
+
+    Attributes:
+        level: how much was recorded; one of LEVELS.
+        mode: "exact" or "fast"; "" where the run did not say.
+        n_ranks, n_layers, n_experts, top_k: N, L (all layers, also those without experts), E and K.
+        unfinished: whether this is what the parts of a run hold that never merged them.
+    """
+
+    def __init__(self, path: Path, open_file: Open, unfinished: bool) -> None:
+        self.path, self.unfinished = path, unfinished
+        self._open = open_file
+        with open_file() as file:
+            self.level, self.mode = schema.text_attribute(file, "level"), schema.text_attribute(file, "mode")
+            if self.level not in LEVELS:
+                raise DataError(f"{path}: level is {self.level!r}; expected one of {', '.join(LEVELS)}")
+            self.n_ranks, self.n_layers, self.n_experts, self.top_k = (int(file.attrs[name]) for name in SHAPE)
+
+    @cached_property
+    def sums(self) -> Columns:
+        """rank, stage, layer, count, time in ns: one row for each that something was recorded for."""
+        return self._columns("sums", "summary")
+
+    @cached_property
+    def traffic(self) -> Columns:
+        """kind, layer, source, destination, rows, bytes, messages."""
+        return self._columns("traffic", "summary")
+
+    @cached_property
+    def spans(self) -> Columns:
+        """Every span, with begin and end in ns since the job's start; from level full."""
+        return self._columns("spans", "full")
+
+    @cached_property
+    def routes(self) -> Columns:
+        """Every token's experts and weights; level routes."""
+        return self._columns("routes", "routes")
+
+    @cached_property
+    def clocks(self) -> Columns:
+        """offset and error of every rank's clock, in ns."""
+        return Columns(self._open, "clocks")
+
+    @cached_property
+    def load(self) -> np.ndarray:
+        """Tokens per layer and expert, int64 [L, E]; a token counts once for each of its K experts."""
+        return self._array("load")
+
+    @cached_property
+    def load_by_rank(self) -> np.ndarray | None:
+        """The same by the rank of the gate, int64 [N, L, E]; None where that was too large to be kept."""
+        with self._open() as file:
+            return file["load_by_rank"][...] if "load_by_rank" in file else None
+
+    @cached_property
+    def ranks(self) -> list[dict[str, Any]]:
+        """What is known of each rank: node and the like."""
+        with self._open() as file:
+            group = file["ranks"]
+            names = [name for name in group if not name.endswith("_offsets")]
+            columns = {name: _column(group, name) for name in names}
+        return [{name: column[rank] for name, column in columns.items()} for rank in range(self.n_ranks)]
+
+    @cached_property
+    def job(self) -> dict[str, Any]:
+        """The effective job; {} where it is not known."""
+        return self._json("job")
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        """What the run measured of itself."""
+        return self._json("run")
+
+    def _columns(self, group: str, level: str) -> Columns:
+        if group not in groups_of(self.level):
+            raise DataError(
+                f"{self.path}: recorded with trace.level = {self.level!r}, which has no {group}; they need {level!r}"
+            )
+        return Columns(self._open, group)
+
+    def _array(self, name: str) -> np.ndarray:
+        with self._open() as file:
+            return np.asarray(file[name][...])
+
+    def _json(self, name: str) -> dict[str, Any]:
+        with self._open() as file:
+            text = schema.read_text(file, name) if name in file else ""
+        try:
+            found = json.loads(text or "{}")
+        except ValueError as error:
+            raise DataError(f"{self.path}: /{name} is not JSON: {error}") from None
+        return found if isinstance(found, dict) else {}
+
+
+def _column(group: h5py.Group, name: str) -> list[Any]:
+    if f"{name}_offsets" in group:
+        return schema.read_ragged_text(group, name)
+    values: list[Any] = group[name][...].tolist()
+    return values
+
+
+def load(path: str | Path) -> Trace:
+    """Load a trace; of a run that did not end, what its parts hold.
+
+    Raises:
+        DataError: neither is there, or they are damaged.
+    """
+    path = Path(path)
+    if path.exists():
+        return Trace(path, partial(schema.open_file, path, "trace"), unfinished=False)
+    # The parts are merged as they would have been, but into memory.
+    merged = h5py.File(f"{path} from its parts", "w", driver="core", backing_store=False)
+    fill_from_parts(merged, path)
+    return Trace(path, lambda: nullcontext(merged), unfinished=True)

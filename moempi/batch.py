@@ -1,0 +1,95 @@
+"""What a microbatch takes through the layers in one step: the next tokens of its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moempi.model.attention import AttentionPlan, Span, plan_attention
+
+
+@dataclass
+class Sequence:
+    """One prompt and what has been generated for it, at its home rank."""
+
+    index: int  # row of the input file
+    tokens: list[int]  # prompt, then generated tokens
+    n_prompt: int
+    max_new_tokens: int
+    logprobs: list[float] = field(default_factory=list)  # of the generated tokens
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0  # positions whose keys and values are in the cache
+
+    @property
+    def most_positions(self) -> int:
+        """Positions that its keys and values can come to fill; the last token's are never needed."""
+        return self.n_prompt + self.max_new_tokens - 1
+
+    @property
+    def remaining(self) -> int:
+        """New tokens that it may still get."""
+        return self.n_prompt + self.max_new_tokens - len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Step:
+    """T tokens of S sequences; the rows of a sequence are neighbours."""
+
+    microbatch: int
+    number: int
+    sequences: tuple[Sequence, ...]
+    chunks: tuple[int, ...]  # tokens of each sequence
+    tokens: Tensor  # [T] int64
+    owners: Tensor  # [T] int64, row of the input that each token belongs to
+    plan: AttentionPlan
+    last: Tensor  # rows whose next token is wanted
+    choosing: tuple[Sequence, ...]  # the sequences of those rows
+
+    @property
+    def n_tokens(self) -> int:
+        """T."""
+        return len(self.tokens)
+
+
+def chunk_sizes(uncached: Many[int], budget: int) -> list[int]:
+    """Tokens that each sequence gets in a step: first all that need one only, then the others in order.
+
+    Args:
+        uncached: tokens of each sequence that are not in the cache yet, at least 1.
+        budget: most tokens of a step; every sequence that needs a single token gets it nevertheless.
+    """
+    left = budget - sum(n == 1 for n in uncached)
+    chunks = []
+    for n in uncached:
+        chunk = 1 if n == 1 else max(0, min(n, left))
+        left -= chunk if n > 1 else 0
+        chunks.append(chunk)
+    if not any(chunks) and chunks:
+        chunks[0] = 1
+    return chunks
+
+
+def compose(microbatch: int, number: int, sequences: Many[Sequence], budget: int, group: int) -> Step:
+    """The next step of a microbatch's sequences, which are all unfinished; none of them may be empty of work."""
+    chunks = chunk_sizes([len(s.tokens) - s.cached for s in sequences], budget)
+    taking = [(s, n) for s, n in zip(sequences, chunks, strict=True) if n]
+    tokens = [token for s, n in taking for token in s.tokens[s.cached : s.cached + n]]
+    ends, end = [], 0
+    for s, n in taking:
+        end += n
+        if s.cached + n == len(s.tokens):
+            ends.append((end - 1, s))
+    return Step(
+        microbatch=microbatch,
+        number=number,
+        sequences=tuple(s for s, _ in taking),
+        chunks=tuple(n for _, n in taking),
+        tokens=torch.tensor(tokens, dtype=torch.int64),
+        owners=torch.tensor([s.index for s, n in taking for _ in range(n)], dtype=torch.int64),
+        plan=plan_attention([Span(s.cached, s.cached + n, s.pages) for s, n in taking], group),
+        last=torch.tensor([row for row, _ in ends], dtype=torch.int64),
+        choosing=tuple(s for _, s in ends),
+    )

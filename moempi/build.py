@@ -1,0 +1,91 @@
+"""Building a rank: its slots, its shared weights, its cache, its engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moempi.device.cpu import Cpu
+from moempi.exchange.arrivals import Experts, SlotKey
+from moempi.exchange.engine import Channels, Engine, Limits
+from moempi.exchange.slots import LayerTable, layer_tables
+from moempi.exchange.topology import Topology
+from moempi.files.weights import Weights, open_weights
+from moempi.home import Home
+from moempi.job import Job
+from moempi.layer import Forward
+from moempi.model.cache import KVCache
+from moempi.model.expert import Expert, leaf_range
+from moempi.model.network import Network
+from moempi.prepare import Shape
+from moempi.recorder import Recorder
+from moempi.router.control import Control
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank, ready to work."""
+
+    engine: Engine
+    home: Home
+    control: Control
+    forward: Forward
+    is_home: bool
+
+
+def build_rank(
+    topology: Topology, job: Job, shape: Shape, device: Cpu, recorder: Recorder, engine_type: type[Engine] = Engine
+) -> Rank:
+    """Read this rank's weights and put it together. Collective: duplicates communicators.
+
+    Raises:
+        DataError: the weights cannot be read.
+    """
+    config, layout, world = shape.config, shape.layout, topology.world
+    tables = layer_tables(layout.placement)
+    is_home = world.rank in layout.homes
+    with open_weights(job.model.weights) as weights:
+        experts = load_slots(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
+        network = Network(config, device, weights.tensor, shape.dtype) if is_home else None
+    cache = KVCache(config.n_layers, config.n_kv_heads, config.head_dim, layout.kv_tokens if is_home else 0, shape.dtype)
+    engine = engine_type(
+        Channels(dispatch=world.Dup(), answers=world.Dup(), barrier=world.Dup()),
+        tables,
+        Experts(experts),
+        shape.dtype,
+        config.d_model,
+        layout.tags,
+        Limits(layout.arrival_budget, job.engine.stall_timeout, job.engine.slice),
+        recorder,
+    )
+    control = Control(world.Dup(), engine.requests)
+    home = Home(
+        engine,
+        cache,
+        capacity=job.run.capacity,
+        n_microbatches=layout.n_microbatches,
+        budget=layout.step_tokens,
+        group=config.n_heads // config.n_kv_heads,
+        eos_tokens=shape.eos_tokens,
+        tell=lambda message: control.send(0, message),
+    )
+    forward = Forward(network, config.n_layers, engine, cache, layout.piece_rows, job.exchange.lockstep)
+    return Rank(engine, home, control, forward, is_home)
+
+
+def load_slots(
+    weights: Weights, tables: dict[int, LayerTable], rank: int, device: Cpu, dtype: torch.dtype, leaves: int
+) -> dict[SlotKey, Expert]:
+    """The experts, or parts of them, that a rank holds; nothing else of the experts is read."""
+    hidden = weights.config.expert_hidden
+    slots: dict[SlotKey, Expert] = {}
+    for layer, table in tables.items():
+        for slot in range(table.rank_begin[rank], table.rank_begin[rank + 1]):
+            lo, hi = int(table.lo[slot]), int(table.hi[slot])
+            begin, end = leaf_range(lo, leaves, hidden)[0], leaf_range(hi - 1, leaves, hidden)[1]
+            matrices: tuple[Tensor, Tensor] = weights.expert(layer, int(table.expert[slot]), begin, end)
+            gate_up, down = (matrix.to(dtype) for matrix in matrices)
+            slots[layer, int(table.number[slot])] = Expert(device, gate_up, down, lo, hi, leaves, hidden)
+    return slots

@@ -1,0 +1,53 @@
+"""`moempi inputs`: make, info."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from moempi.cli.results import refuse_existing, show
+
+_PATH = click.Path(path_type=Path)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.group()
+def inputs() -> None:
+    """Make and describe files of prompts."""
+
+
+@inputs.command()
+@click.argument("prompts", type=_PATH)
+@click.argument("weights", type=_PATH)
+@click.argument("out", type=_PATH)
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@_json
+def make(prompts: Path, weights: Path, out: Path, overwrite: bool, as_json: bool) -> None:
+    """Tokenize PROMPTS (JSON lines) with the tokenizer in WEIGHTS and write the inputs file OUT.
+
+    \b
+    Each line: {"id": "a", "prompt": "some text"} or {"id": "b", "tokens": [1, 2, 3]},
+    and "max_new_tokens": 20 where the job's default is not meant.
+
+    Example: moempi inputs make inputs/prompts.jsonl inputs/tinymoe.h5 inputs/prompts.h5
+    """
+    refuse_existing(out, overwrite)
+    from moempi.files.inputs import info
+    from moempi.files.make_inputs import make_inputs
+
+    make_inputs(prompts, weights, out)
+    show(info(out), as_json)
+
+
+@inputs.command("info")
+@click.argument("file", type=_PATH)
+@_json
+def info_(file: Path, as_json: bool) -> None:
+    """Say what the inputs FILE holds: prompts, tokens, lengths, where it comes from.
+
+    Example: moempi inputs info inputs/prompts.h5
+    """
+    from moempi.files.inputs import info
+
+    show(info(file), as_json)

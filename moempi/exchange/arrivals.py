@@ -1,0 +1,105 @@
+"""Arrivals: batches of rows that have come to the slots of this rank, and the experts that compute them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moempi.exchange.tasks import Future
+from moempi.model.expert import Expert
+
+SlotKey = tuple[int, int]  # (layer, number of the slot on this rank)
+
+
+@dataclass
+class Arrival:
+    """Rows of one dispatch at this rank. `answer` has the same order; it goes back when `left` is 0."""
+
+    source: int
+    tag: int
+    layer: int
+    microbatch: int
+    rows: Tensor  # [R, D]
+    answer: Tensor  # [R, D] in the dtype that the layer is answered in
+    rows_per_slot: tuple[int, ...]
+    left: int  # rows not computed yet
+    done: Future | None = None  # set for local rows, whose answer is the home's own memory
+    charged: int = 0  # bytes of the arrival budget that it holds
+
+
+@dataclass
+class _Section:
+    """Rows [lo, hi) of an arrival, for one slot."""
+
+    arrival: Arrival
+    lo: int
+    hi: int
+
+
+class Experts:
+    """The slots of this rank, each with the rows that wait for it.
+
+    Args:
+        slots: the expert, or part of one, that each slot holds.
+    """
+
+    def __init__(self, slots: Mapping[SlotKey, Expert]):
+        self._slots = slots
+        self._queues: dict[SlotKey, deque[_Section]] = {}
+        self._rows: dict[SlotKey, int] = {}  # rows waiting, only of slots that have any
+        self.calls = 0
+        self.rows_computed = 0
+
+    def __bool__(self) -> bool:
+        return bool(self._rows)
+
+    def add(self, arrival: Arrival) -> None:
+        """Queue an arrival's rows at their slots; they can be computed from now on."""
+        lo = 0
+        for number, rows in enumerate(arrival.rows_per_slot):
+            if rows:
+                key = (arrival.layer, number)
+                self._queues.setdefault(key, deque()).append(_Section(arrival, lo, lo + rows))
+                self._rows[key] = self._rows.get(key, 0) + rows
+                lo += rows
+
+    def serve(self, most_rows: int) -> tuple[int, int, list[Arrival]]:
+        """One call of the expert that most rows wait for.
+
+        Returns:
+            Its layer, the rows computed, and the arrivals that are complete with them.
+        """
+        key = max(self._rows, key=self._rows.__getitem__)
+        taken = self._take(key, most_rows)
+        inputs = [section.arrival.rows[section.lo : section.hi] for section in taken]
+        outputs = self._slots[key](inputs[0] if len(inputs) == 1 else torch.cat(inputs))
+        finished, at = [], 0
+        for section in taken:
+            n = section.hi - section.lo
+            section.arrival.answer[section.lo : section.hi] = outputs[at : at + n]
+            section.arrival.left -= n
+            at += n
+            if section.arrival.left == 0:
+                finished.append(section.arrival)
+        self.calls += 1
+        self.rows_computed += at
+        return key[0], at, finished
+
+    def _take(self, key: SlotKey, most_rows: int) -> list[_Section]:
+        queue, taken, rows = self._queues[key], [], 0
+        while queue and rows < most_rows:
+            section = queue.popleft()
+            n = min(section.hi - section.lo, most_rows - rows)
+            taken.append(_Section(section.arrival, section.lo, section.lo + n))
+            if section.lo + n < section.hi:
+                queue.appendleft(_Section(section.arrival, section.lo + n, section.hi))
+            rows += n
+        if queue:
+            self._rows[key] -= rows
+        else:
+            del self._rows[key]
+        return taken

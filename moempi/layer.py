@@ -1,0 +1,169 @@
+"""The way of a microbatch through a layer, one stage a line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moempi.batch import Step
+from moempi.exchange.dispatch import Rows, combine, dispatch
+from moempi.exchange.engine import Engine
+from moempi.exchange.tasks import PAUSE
+from moempi.model.attention import TILE, attend_tiles, untile
+from moempi.model.cache import KVCache
+from moempi.model.gate import Route
+from moempi.model.network import Layer, Network, greedy
+from moempi.recorder import ATTEND, COMBINE, DENSE, DISPATCH, GATE, HEAD, PROJECT, WAIT
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Takes microbatches through the network of one rank, giving way to messages between slices of work.
+
+    Args:
+        cache: keys and values of the sequences at home here.
+        most_rows: rows of a message, above which it is sent in pieces.
+        lockstep: meet all ranks after every layer.
+    """
+
+    network: Network
+    n_layers: int
+    engine: Engine
+    cache: KVCache
+    most_rows: int
+    lockstep: bool
+
+    async def __call__(self, step: Step) -> tuple[list[int], list[float]]:
+        """Next token and its log-probability, for every sequence in `step.choosing`."""
+        x = self.network.embed(step.tokens)  # [T, D]
+        for layer in self.network.layers:
+            x = await self.pass_layer(layer, x, step)
+            if self.lockstep:
+                await self.engine.meet()
+        return await self.choose(x, step)
+
+    async def pass_layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
+        """One layer: rows [T, D] in, rows [T, D] out."""
+        x = await self.attend(layer, x, step)
+        if layer.dense:
+            return await self.dense(layer, x, step)
+        hidden, route = self.gate(layer, x, step)
+        rows = await self.dispatch(layer, hidden, route, step)
+        return self.combine(layer, x, route, rows, step)
+
+    async def sit_out(self) -> None:
+        """In lockstep, the part of a rank that has no tokens in this step."""
+        for _ in range(self.n_layers):
+            await self.engine.meet()
+
+    # ------------------------------------------------------------ the stages
+
+    async def attend(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
+        """Write this step's keys and values, then attend to all that the cache holds of each sequence."""
+        plan, n = step.plan, step.n_tokens
+        cos, sin = self.network.rotary.at(plan.positions)
+        queries = x.new_empty(n, layer.config.n_heads, layer.config.head_dim, dtype=torch.float32)
+        tiles = queries.new_empty(len(plan.rows), layer.config.n_kv_heads, TILE, layer.config.head_dim)
+        attended = torch.empty_like(x)
+
+        def project(lo: int, hi: int) -> None:
+            queries[lo:hi], keys, values = layer.project(x[lo:hi], cos[lo:hi], sin[lo:hi])
+            self.cache.write(layer.number, plan.write_pages[lo:hi], plan.write_offsets[lo:hi], keys, values)
+
+        def mix(lo: int, hi: int) -> None:
+            tiles[lo:hi] = attend_tiles(queries, self.cache, layer.number, plan, lo, hi)
+
+        def close(lo: int, hi: int) -> None:
+            attended[lo:hi] = layer.close_attention(x[lo:hi], mixed[lo:hi])
+
+        await self.sliced(PROJECT, layer.number, step, n, project)
+        await self.sliced(ATTEND, layer.number, step, len(plan.rows), mix)
+        mixed = untile(tiles, plan, n)  # [T, heads * head_dim]
+        await self.sliced(PROJECT, layer.number, step, n, close)
+        return attended
+
+    async def dense(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
+        """The feed-forward network of a dense layer."""
+        output = torch.empty_like(x)
+
+        def compute(lo: int, hi: int) -> None:
+            output[lo:hi] = layer.dense_mlp(x[lo:hi])
+
+        await self.sliced(DENSE, layer.number, step, step.n_tokens, compute)
+        return output
+
+    def gate(self, layer: Layer, x: Tensor, step: Step) -> tuple[Tensor, Route]:
+        """Normalised rows [T, D] and the experts that they go to."""
+        begin = perf_counter_ns()
+        hidden = layer.normed(x, layer.mlp_norm)
+        route = layer.route(hidden)
+        self.record(GATE, layer.number, step, begin, step.n_tokens)
+        return hidden, route
+
+    async def dispatch(self, layer: Layer, hidden: Tensor, route: Route, step: Step) -> Rows:
+        """Rows to the slots of their experts, and back."""
+        begin = perf_counter_ns()
+        experts, positions = route.experts.numpy(), step.plan.positions.numpy()
+        owners = step.owners.numpy()
+        covers = self.engine.tables[layer.number].choose_covers(experts, owners, positions)
+        self.note_routes(layer, route, step)
+        rows = dispatch(self.engine, layer.number, step.microbatch, hidden, covers, self.most_rows)
+        self.record(DISPATCH, layer.number, step, begin, len(rows.answers))
+        begin = perf_counter_ns()
+        await rows.back
+        self.record(WAIT, layer.number, step, begin, len(rows.answers))
+        return rows
+
+    def combine(self, layer: Layer, x: Tensor, route: Route, rows: Rows, step: Step) -> Tensor:
+        """Rows of the residual stream with their experts' outputs added."""
+        begin = perf_counter_ns()
+        x = combine(x, route, rows)
+        self.record(COMBINE, layer.number, step, begin, step.n_tokens)
+        return x
+
+    async def choose(self, x: Tensor, step: Step) -> tuple[list[int], list[float]]:
+        """Greedy choice from the last row of every sequence that is prefilled whole."""
+        tokens: list[int] = []
+        logprobs: list[float] = []
+
+        def take(lo: int, hi: int) -> None:
+            best, scores = greedy(self.network.logits(x[step.last[lo:hi]]))
+            tokens.extend(best.tolist())
+            logprobs.extend(scores.tolist())
+
+        await self.sliced(HEAD, -1, step, len(step.last), take)
+        return tokens, logprobs
+
+    def note_routes(self, layer: Layer, route: Route, step: Step) -> None:
+        """Count the load of every expert, and keep the routes themselves where the trace asks for them."""
+        recorder, experts = self.engine.recorder, route.experts.numpy()
+        recorder.routed(layer.number, np.bincount(experts.ravel(), minlength=layer.config.n_experts))
+        if recorder.level == "routes":
+            owners, positions = step.owners.numpy(), step.plan.positions.numpy()
+            weights = route.weights.numpy()
+            recorder.routes(layer.number, step.microbatch, step.number, owners, positions, experts, weights)
+
+    # ------------------------------------------------------------ giving way, and noting what took how long
+
+    async def sliced(self, stage: int, layer: int, step: Step, n: int, work: Callable[[int, int], None]) -> None:
+        """Run `work(lo, hi)` over [0, n) in slices, looking at the network between them."""
+        lo = 0
+        while lo < n:
+            hi = min(n, lo + self.engine.slicer.size(stage))
+            begin = perf_counter_ns()
+            work(lo, hi)
+            end = self.engine.slicer.learn(stage, hi - lo, begin)
+            self.engine.recorder.span(stage, layer, step.microbatch, step.number, begin, end, hi - lo, 0, -1)
+            if hi < n:
+                await PAUSE
+            lo = hi
+
+    def record(self, stage: int, layer: int, step: Step, begin: int, tokens: int) -> None:
+        """A span that ends now."""
+        end = perf_counter_ns()
+        self.engine.recorder.span(stage, layer, step.microbatch, step.number, begin, end, tokens, 0, -1)

@@ -1,0 +1,121 @@
+"""What every home rank holds of a model: embedding, attention, norms, gates, dense layers and head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moempi.device.cpu import Cpu
+from moempi.model.config import ModelConfig
+from moempi.model.expert import leaf_range
+from moempi.model.gate import Route, choose_experts
+from moempi.model.ops import Rotary, rms_norm, rotate, swiglu
+
+Read = Callable[[str], Tensor]  # a tensor of the weights file by name, in its stored dtype
+
+
+class Layer:
+    """The shared part of one layer, stage by stage; rows in, rows out.
+
+    Args:
+        read: gives this layer's tensors by name, in the run's dtype.
+        dense: the layer has a feed-forward network of its own instead of a gate.
+    """
+
+    def __init__(self, number: int, config: ModelConfig, device: Cpu, read: Read, *, dense: bool):
+        self.number, self.config, self.dense = number, config, dense
+        self.qkv = device.linear(torch.cat([read("q"), read("k"), read("v")]))
+        self.output = device.linear(read("o"))
+        self.q_norm, self.k_norm = read("q_norm").float(), read("k_norm").float()
+        self.attention_norm, self.mlp_norm = read("attention_norm").float(), read("mlp_norm").float()
+        self.dtype = self.output.dtype
+        if dense:
+            self.gate_up, self.down = device.linear(read("mlp_gate_up")), device.linear(read("mlp_down"))
+        else:
+            self.gate = device.linear(read("gate").float())
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [R, D] -> queries [R, heads, head_dim] and keys, values [R, kv_heads, head_dim], float32."""
+        c = self.config
+        rows = self.qkv(self.normed(x, self.attention_norm)).float().view(len(x), -1, c.head_dim)
+        queries, keys, values = rows.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
+        queries = rotate(rms_norm(queries, self.q_norm, c.norm_eps), cos, sin)
+        keys = rotate(rms_norm(keys, self.k_norm, c.norm_eps), cos, sin)
+        return queries, keys, values
+
+    def close_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """Residual x [R, D] plus the output projection of mixed values [R, heads * head_dim] float32."""
+        return x + self.output(mixed.to(self.dtype))
+
+    def dense_mlp(self, x: Tensor) -> Tensor:
+        """Residual x [R, D] plus the dense feed-forward network."""
+        return x + self.down(swiglu(self.gate_up(self.normed(x, self.mlp_norm))))
+
+    def route(self, hidden: Tensor) -> Route:
+        """The experts of normalised rows [R, D]."""
+        return choose_experts(self.gate(hidden.float()), self.config.top_k, self.config.normalize_gate)
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMS norm of x [R, D], rounded to the model's dtype."""
+        return rms_norm(x, weight, self.config.norm_eps).to(self.dtype)
+
+
+class Network:
+    """The shared weights of all layers, with embedding and head.
+
+    Args:
+        read: gives any tensor of the weights file by name ("embedding", "layers/3/q") in its stored dtype.
+        dtype: that the run computes in.
+    """
+
+    def __init__(self, config: ModelConfig, device: Cpu, read: Read, dtype: torch.dtype):
+        self.config, self.dtype = config, dtype
+        self.embedding = read("embedding").to(dtype)
+        self.norm = read("norm").float()
+        self.head = device.linear(self.embedding if config.tied_embeddings else read("head").to(dtype))
+        self.rotary = Rotary(config.head_dim, config.max_positions, config.rope_theta)
+        self._read = read
+        self.layers = [
+            Layer(n, config, device, partial(self._of_layer, n), dense=n in config.dense_layers)
+            for n in range(config.n_layers)
+        ]
+
+    def _of_layer(self, layer: int, name: str) -> Tensor:
+        return self._read(f"layers/{layer}/{name}").to(self.dtype)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Tokens [T] int64 -> rows [T, D]."""
+        return self.embedding[tokens]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Rows [R, D] -> next-token scores [R, vocab] float32."""
+        return self.head(rms_norm(x, self.norm, self.config.norm_eps).to(self.dtype)).float()
+
+
+def product_shapes(config: ModelConfig, dtype: torch.dtype, leaves: int) -> list[tuple[int, int, torch.dtype]]:
+    """(outputs, inputs, dtype) of every product in the model, for the self-test of the device."""
+    c, d = config, config.d_model
+    shapes = [
+        ((c.n_heads + 2 * c.n_kv_heads) * c.head_dim, d, dtype),
+        (d, c.n_heads * c.head_dim, dtype),
+        (c.vocab, d, dtype),
+    ]
+    if c.dense_layers:
+        shapes += [(2 * c.dense_hidden, d, dtype), (d, c.dense_hidden, dtype)]
+    if c.moe_layers:
+        shapes.append((c.n_experts, d, torch.float32))
+        widths = {b - a for a, b in (leaf_range(leaf, leaves, c.expert_hidden) for leaf in range(leaves))}
+        outward = dtype if leaves == 1 else torch.float32
+        shapes += [shape for w in widths for shape in ((2 * w, d, dtype), (d, w, outward))]
+    return shapes
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Best token [S] int64, lowest id among equals, and its log-probability [S] float32, of scores [S, vocab]."""
+    best = logits.amax(-1, keepdim=True)
+    ids = torch.arange(logits.shape[-1])
+    tokens = torch.where(logits == best, ids, logits.shape[-1]).amin(-1)
+    return tokens, torch.log_softmax(logits, dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)

@@ -1,0 +1,48 @@
+"""Operations on rows whose bits depend on the row alone: normalisation, rotary embedding, activation.
+
+All compute in float32. `F.silu` and `torch.sigmoid` are not used: their vector body and scalar tail differ
+in the last bit, so a row's value would depend on how many rows travel with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., D] of any float dtype, weight [D] float32 -> [..., D] float32 (Zhang and Sennrich, 2019)."""
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """gate_up [R, 2F], gate first -> silu(gate) * up [R, F] in the same dtype (Shazeer, 2020)."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
+
+
+class Rotary:
+    """Rotary position embedding (Su et al., 2021), the two halves of a head rotated against each other.
+
+    Args:
+        head_dim: even.
+        positions: how many positions the tables hold.
+        theta: the base of the frequencies.
+    """
+
+    def __init__(self, head_dim: int, positions: int, theta: float):
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        angles = torch.outer(torch.arange(positions).float(), 1.0 / theta**exponents)
+        self._cos = torch.cat([angles.cos(), angles.cos()], dim=-1)  # [positions, head_dim]
+        self._sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [T, 1, head_dim] of positions [T]."""
+        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, heads, head_dim] float32, turned by tables from `Rotary.at`."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([high, low], dim=-1) * sin

@@ -1,0 +1,136 @@
+"""What a job comes to on N ranks, before any of them allocates: slots, microbatches, messages, memory.
+
+Pure: no MPI, no torch, no files but a placement that is given. `moempi run --dry-run` prints it, `run` keeps to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from moempi.errors import FitError
+from moempi.exchange.plan import Tags, message_pieces
+from moempi.files.placement import fits, read_placement
+from moempi.job import Job
+from moempi.model.config import PAGE, ModelConfig
+from moempi.planning import memory
+from moempi.planning.placement import Placement, check_strict, place
+from moempi.router.admission import home_ranks
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The decisions that a job file leaves open, made."""
+
+    n_ranks: int
+    dtype: str  # "float32" or "bfloat16"
+    placement: Placement
+    homes: tuple[int, ...]
+    n_microbatches: int
+    step_tokens: int  # most tokens of a microbatch
+    kv_tokens: int  # positions in a home's KV cache
+    arrival_budget: int  # bytes
+    tags: Tags
+    piece_rows: int  # most rows of one message
+    memory: tuple[memory.RankMemory, ...]
+
+
+def lay_out(
+    job: Job, config: ModelConfig, dtype: str, n_ranks: int, positions: Sequence[int], load: np.ndarray | None = None
+) -> Layout:
+    """Decide the layout of a job.
+
+    Args:
+        dtype: of weights and activations, "float32" or "bfloat16".
+        positions: that every sequence can come to fill in the KV cache.
+        load: measured rows per MoE layer and expert [L, E], for `balanced`.
+
+    Raises:
+        FitError: it does not fit the ranks or `memory.limit`, with numbers on both sides.
+        JobError, DataError: the placement file does not belong to this job.
+    """
+    nbytes = {"float32": 4, "bfloat16": 2}[dtype]
+    n_microbatches = _microbatches(job, config, n_ranks)
+    step_tokens = max(job.run.prefill_tokens, job.run.capacity)
+    budget = memory.arrival_budget(job.exchange.arrival_budget, config, nbytes, step_tokens)
+    sizes = {
+        "capacity": job.run.capacity,
+        "kv_tokens": _kv_tokens(job, positions),
+        "max_step_tokens": step_tokens,
+        "microbatches": n_microbatches,
+        "arrival_budget": budget,
+    }
+    placement = _placement(job, config, n_ranks, nbytes, load, sizes)
+    homes = home_ranks(job.admission.policy, n_ranks)
+    plans = memory.plan_memory(config, nbytes, placement, homes=homes, packed_head=True, **sizes)
+    memory.check_limit(plans, job.memory.limit)
+    # Answers of cut experts are float32, whatever the model's dtype.
+    pieces, rows = message_pieces(step_tokens * config.top_k, 4 * config.d_model, job.exchange.piece_bytes)
+    return Layout(
+        n_ranks=n_ranks,
+        dtype=dtype,
+        placement=placement,
+        homes=tuple(homes),
+        n_microbatches=n_microbatches,
+        step_tokens=step_tokens,
+        kv_tokens=sizes["kv_tokens"],
+        arrival_budget=budget,
+        tags=Tags(n_microbatches, pieces),
+        piece_rows=rows,
+        memory=tuple(plans),
+    )
+
+
+def check_tags(layout: Layout, n_layers: int, bound: int) -> None:
+    """Hold the largest tag of a job against `MPI.TAG_UB`.
+
+    Raises:
+        FitError: with both numbers and the ways out.
+    """
+    largest = layout.tags.bound(n_layers)
+    if largest > bound:
+        raise FitError(
+            f"{n_layers} layers x {layout.n_microbatches} microbatches x {layout.tags.n_pieces} pieces need message tags "
+            f"up to {largest}; this MPI library takes {bound}: lower run.microbatches or raise exchange.piece_bytes"
+        )
+
+
+def _microbatches(job: Job, config: ModelConfig, n_ranks: int) -> int:
+    if job.exchange.lockstep:
+        return 1  # all ranks meet after every layer, so a rank can have one under way
+    if job.run.microbatches == "auto":
+        return memory.microbatches_auto(config, n_ranks, job.run.capacity)
+    return job.run.microbatches
+
+
+def _kv_tokens(job: Job, positions: Sequence[int]) -> int:
+    """Positions of the cache: as given, or `capacity` times the longest sequence in whole pages.
+
+    Raises:
+        FitError: the longest sequence alone does not fit.
+    """
+    longest = -(-max(positions, default=1) // PAGE) * PAGE
+    if job.memory.kv_tokens == "auto":
+        return min(job.run.capacity, max(1, len(positions))) * longest
+    if job.memory.kv_tokens < longest:
+        raise FitError(
+            f"memory.kv_tokens = {job.memory.kv_tokens}, but the longest sequence needs {longest} positions "
+            f"(in pages of {PAGE}): raise memory.kv_tokens or lower generate.max_new_tokens"
+        )
+    return job.memory.kv_tokens
+
+
+def _placement(
+    job: Job, config: ModelConfig, n_ranks: int, nbytes: int, load: np.ndarray | None, sizes: dict[str, int]
+) -> Placement:
+    options, leaves = job.placement, job.model.leaves
+    if options.strategy == "file":
+        assert options.file is not None
+        placement = read_placement(options.file)
+        fits(placement, config, n_ranks, leaves, options.file)
+        check_strict(placement, options)
+        return placement
+    limit = memory.slots_within(job.memory.limit, config, nbytes, packed_head=True, **sizes)
+    return place(config, n_ranks, options, leaves, load, limit)

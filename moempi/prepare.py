@@ -1,0 +1,162 @@
+"""Before any rank allocates: rank 0 looks at the files, everything is checked, and all ranks learn the layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from mpi4py import MPI
+
+from moempi import analysis, mpi
+from moempi.device.cpu import Cpu
+from moempi.errors import JobError, MoempiError
+from moempi.exchange.topology import Topology
+from moempi.files.inputs import Prompts, check_prompts, read_inputs
+from moempi.files.output_writer import OutputWriter
+from moempi.files.schema import environment, file_digest
+from moempi.files.weights import open_weights
+from moempi.job import Job
+from moempi.model.config import ModelConfig
+from moempi.model.network import product_shapes
+from moempi.planning.layout import Layout, check_tags, lay_out
+from moempi.router.messages import Assignment
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What every rank knows of a job before it builds anything."""
+
+    config: ModelConfig
+    layout: Layout
+    eos_tokens: tuple[int, ...]  # that end a sequence; empty where the job ignores them
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return DTYPES[self.layout.dtype]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What rank 0 read."""
+
+    shape: Shape
+    prompts: Prompts
+    new_tokens: list[int]  # most new tokens of every sequence
+    model: str  # digest of the weights
+    sources: dict[str, str]  # {name: SHA-256}
+
+
+def look(job: Job, n_ranks: int) -> Found:
+    """Read and check what a job names, and decide its layout. No MPI.
+
+    Raises:
+        DataError, JobError, FitError: naming file, dataset or option, what was found and what was expected.
+    """
+    if job.model.mode == "fast":
+        raise JobError("model.mode = 'fast' needs a GPU; on the CPU the exact mode is also the fastest: use 'auto'")
+    with open_weights(job.model.weights) as weights:
+        config, stored = weights.config, weights.dtype
+        eos_tokens = weights.eos_tokens if job.generate.stop_at_eos else ()
+        model = weights.digest()
+    if job.model.leaves > config.expert_hidden:
+        raise JobError(f"model.leaves = {job.model.leaves}, but an expert's hidden size is {config.expert_hidden}")
+    prompts = read_inputs(job.input.file)
+    check_prompts(prompts, job.input.file, config, job.generate.max_new_tokens)
+    new_tokens = [int(own) or job.generate.max_new_tokens for own in prompts.max_new_tokens]
+    positions = [len(t) + new - 1 for t, new in zip(prompts.tokens, new_tokens, strict=True)]
+    dtype = job.model.dtype if job.model.dtype != "auto" else str(stored).removeprefix("torch.")
+    layout = lay_out(job, config, dtype, n_ranks, positions, _measured_load(job))
+    sources = {"weights": model, "inputs": file_digest(job.input.file)}
+    return Found(Shape(config, layout, eos_tokens), prompts, new_tokens, model, sources)
+
+
+def _measured_load(job: Job) -> np.ndarray | None:
+    return analysis.load_per_expert(analysis.load(job.placement.load)) if job.placement.load else None
+
+
+def look_together(comm: MPI.Intracomm, job: Job) -> tuple[Shape, Found | None]:
+    """`look` on rank 0, its result or its error on all ranks. Collective.
+
+    Raises:
+        AgreedError: on every rank, with rank 0's error.
+    """
+    found, error = None, None
+    if comm.rank == 0:
+        try:
+            found = look(job, comm.size)
+            check_tags(found.shape.layout, found.shape.config.n_layers, comm.Get_attr(MPI.TAG_UB))
+        except MoempiError as caught:
+            error = caught
+    mpi.agree(comm, error)
+    return comm.bcast(found.shape if found else None, root=0), found
+
+
+def choose_device(topology: Topology, job: Job, shape: Shape) -> Cpu:
+    """This rank's device, its products self-tested; all ranks take the same kind of product. Collective."""
+    device = Cpu(topology.threads if job.run.threads == "auto" else job.run.threads)
+    device.choose_products(product_shapes(shape.config, shape.dtype, job.model.leaves))
+    if not topology.world.allreduce(device.packed, op=MPI.LAND):
+        device.fall_back()
+    return device
+
+
+def open_output(
+    comm: MPI.Intracomm, job: Job, found: Found | None, device: Cpu, *, resume: bool, overwrite: bool
+) -> OutputWriter | None:
+    """The writer of rank 0, with what an earlier run committed; None elsewhere. Collective.
+
+    Raises:
+        AgreedError: on every rank, with rank 0's error.
+    """
+    writer, error = None, None
+    if found is not None:
+        try:
+            writer = OutputWriter.start(
+                job.output.file,
+                job_json=job.to_json(),
+                identity=_identity(job, found, device),
+                sources=found.sources,
+                n_sequences=len(found.prompts.ids),
+                commit_every=job.output.commit_every,
+                resume=resume,
+                overwrite=overwrite,
+            )
+        except MoempiError as caught:
+            error = caught
+    mpi.agree(comm, error)
+    return writer
+
+
+def _identity(job: Job, found: Found, device: Cpu) -> dict[str, str]:
+    """What a resume may not change, because the bits of the result depend on it."""
+    built = environment()
+    return {
+        "weights": found.model,
+        "inputs": found.sources["inputs"],
+        "generate.max_new_tokens": str(job.generate.max_new_tokens),
+        "generate.stop_at_eos": str(job.generate.stop_at_eos),
+        "dtype": found.shape.layout.dtype,
+        "mode": "exact",
+        "model.leaves": str(job.model.leaves),
+        "device": device.name,
+        "products": "packed" if device.packed else "tiled",
+        "torch": built["torch"],
+        "processor_capability": built["processor_capability"],
+    }
+
+
+def assignments(found: Found, writer: OutputWriter) -> dict[int, Assignment]:
+    """The sequences that are still to be finished, by row of the input, with what is generated of them."""
+    todo = {}
+    for row, (tokens, new) in enumerate(zip(found.prompts.tokens, found.new_tokens, strict=True)):
+        begun = writer.restored.get(row)
+        if begun is not None and begun.finish_reason != "partial":
+            continue
+        generated = begun.tokens.tolist() if begun else []
+        logprobs = begun.logprobs.tolist() if begun else []
+        todo[row] = Assignment(row, [*tokens.tolist(), *generated], len(tokens), new, logprobs)
+    return todo

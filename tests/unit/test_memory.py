@@ -1,0 +1,195 @@
+"""The memory plan: hand-worked sums for small shapes, cuts, limits, and a known model's parameters."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moempi.errors import FitError
+from moempi.job import PlacementOptions
+from moempi.model.config import ModelConfig
+from moempi.planning import memory
+from moempi.planning.placement import cut_expert, place
+
+# Layer 0 is dense, layers 1 and 2 have experts.
+SMALL = ModelConfig(
+    n_layers=3, d_model=8, n_heads=4, n_kv_heads=2, head_dim=6, vocab=50, dense_hidden=20, expert_hidden=12,
+    n_experts=5, top_k=2, dense_layers=(0,), normalize_gate=True, rope_theta=1e4, norm_eps=1e-6,
+    tied_embeddings=False, max_positions=64, eos_tokens=(),
+)  # fmt: skip
+TIED = replace(SMALL, tied_embeddings=True)
+STEP = {"capacity": 3, "kv_tokens": 65, "max_step_tokens": 10, "microbatches": 2, "arrival_budget": 5000}
+
+# By hand, in bfloat16 (2 bytes):
+#   embedding and head 2 x 50 x 8 = 800; q and o 2 x 8 x 24 = 384, k and v 2 x 8 x 12 = 192, in 3 layers 1728;
+#   dense 3 x 8 x 20 = 480; together 3008 x 2 bytes = 6016.
+#   norms 3 x (2 x 8 + 2 x 6) + 8 = 92, gates 2 x 5 x 8 = 80; 172 x 4 bytes = 688.
+SHARED = 6704
+SLOT = 3 * 8 * 12 * 2
+# 65 positions are two pages of 64: keys and values 2 x 3 layers x 2 heads x 6 x 2 bytes x 128.
+KV = 18432
+# A microbatch sends 10 x 2 rows of 8 and gets as many back: 2 x 20 x 8 x 2 bytes.
+ROWS = 640
+
+
+def test_the_parts_by_hand() -> None:
+    assert memory.shared_bytes(SMALL, 2) == SHARED
+    assert memory.slot_bytes(SMALL, 2) == SLOT == 576
+    assert memory.kv_bytes(SMALL, 2, 65) == KV
+    assert memory.kv_bytes(SMALL, 2, 64) == KV // 2
+    assert memory.home_message_bytes(SMALL, 2, 10) == ROWS
+
+
+def test_a_tied_head_counts_once_and_its_packed_copy_when_asked() -> None:
+    assert memory.shared_bytes(TIED, 2) == SHARED - 50 * 8 * 2
+    assert memory.shared_bytes(TIED, 2, packed_head=True) == SHARED
+    assert memory.shared_bytes(SMALL, 2, packed_head=True) == SHARED
+
+
+def test_plan_of_every_rank() -> None:
+    # 5 experts on 2 ranks in 2 layers, no copies: 3 + 3 and 2 + 2 slots.
+    placement = place(SMALL, 2, PlacementOptions(replicas=0), 1)
+    plans = memory.plan_memory(SMALL, 2, placement, **STEP)
+    assert [(plan.rank, plan.slots, plan.expert_bytes) for plan in plans] == [(0, 6, 6 * SLOT), (1, 4, 4 * SLOT)]
+    for plan in plans:
+        assert (plan.shared_bytes, plan.kv_bytes) == (SHARED, KV)
+        assert plan.message_bytes == 5000 + 2 * ROWS
+        assert plan.total == SHARED + KV + plan.expert_bytes + plan.message_bytes + plan.step_bytes
+
+
+def test_ranks_that_are_no_homes_hold_no_cache_and_send_nothing() -> None:
+    placement = place(SMALL, 3, PlacementOptions(), 1)
+    plans = memory.plan_memory(SMALL, 2, placement, homes=(0,), **STEP)
+    assert [plan.kv_bytes for plan in plans] == [KV, 0, 0]
+    assert [plan.message_bytes for plan in plans] == [5000 + 2 * ROWS, 5000, 5000]
+
+
+def test_a_rank_without_slots_is_planned() -> None:
+    placement = place(SMALL, 7, PlacementOptions(replicas=0), 1)
+    assert [plan.slots for plan in memory.plan_memory(SMALL, 2, placement, **STEP)] == [2, 2, 2, 2, 2, 0, 0]
+
+
+def test_a_cut_expert_holds_its_range_and_answers_in_float32() -> None:
+    # Hidden size 12 in 4 leaves of 3: halves of expert 4 in layer 2 move to ranks 0 and 3.
+    placement = cut_expert(place(SMALL, 5, PlacementOptions(), 4), 2, 4, [0, 3])
+    plans = memory.plan_memory(SMALL, 2, placement, **STEP)
+    half = 3 * 8 * 6 * 2
+    assert [plan.expert_bytes for plan in plans] == [2 * SLOT + half, 2 * SLOT, 2 * SLOT, 2 * SLOT + half, SLOT]
+    # A token goes to at most one cut and one whole expert: 3 rows of 8 out in 2 bytes and back in 4.
+    assert plans[0].message_bytes == 5000 + 2 * (10 * 3 * 8 * (2 + 4))
+
+
+def test_leaves_that_do_not_divide_the_hidden_size_still_add_up() -> None:
+    placement = place(SMALL, 5, PlacementOptions(), 8)
+    for ranks in ([0], [0, 1], [0, 1, 2, 3]):
+        cut = cut_expert(placement, 1, 0, ranks)
+        total = sum(plan.expert_bytes for plan in memory.plan_memory(SMALL, 2, cut, **STEP))
+        assert total == 10 * SLOT
+
+
+def test_shared_and_experts_are_the_parameters_of_the_demo_model() -> None:
+    # 4.6 M parameters: 16 experts of 3 x 128 x 128 in 5 layers, and the rest counted tensor by tensor.
+    tiny = ModelConfig(
+        n_layers=6, d_model=128, n_heads=4, n_kv_heads=4, head_dim=32, vocab=1024, dense_hidden=384, expert_hidden=128,
+        n_experts=16, top_k=2, dense_layers=(0,), normalize_gate=True, rope_theta=1e4, norm_eps=1e-6,
+        tied_embeddings=True, max_positions=1024, eos_tokens=(0,),
+    )  # fmt: skip
+    shared = 1024 * 128 + 6 * (4 * 128 * 128 + 2 * 128 + 2 * 32) + 128 + 3 * 128 * 384 + 5 * 16 * 128
+    assert memory.shared_bytes(tiny, 4) == 4 * shared
+    assert memory.shared_bytes(tiny, 4) + 80 * memory.slot_bytes(tiny, 4) == 4 * 4616192
+
+
+def test_a_model_without_experts() -> None:
+    dense = replace(SMALL, dense_layers=(0, 1, 2))
+    plans = memory.plan_memory(dense, 2, place(dense, 2, PlacementOptions(), 1), **STEP)
+    assert [plan.expert_bytes for plan in plans] == [0, 0]
+
+
+def test_large_sizes_do_not_overflow() -> None:
+    big = replace(SMALL, n_layers=61, dense_layers=(0, 1, 2), d_model=7168, expert_hidden=2048, n_experts=256, top_k=8)
+    (plan,) = memory.plan_memory(big, 2, place(big, 1, PlacementOptions(), 1), **STEP)
+    assert plan.expert_bytes == 58 * 256 * 3 * 7168 * 2048 * 2
+
+
+# ---------------------------------------------------------------- messages
+
+
+def test_the_budget_holds_one_largest_message_and_its_answer() -> None:
+    header = memory.header_bytes(SMALL)
+    assert memory.largest_message(SMALL, 2, 10) == header + 20 * 8 * 2
+    least = header + 20 * 8 * 2 + 20 * 8 * 4
+    assert memory.arrival_budget(0, SMALL, 2, 10) == least
+    assert memory.arrival_budget(least + 1, SMALL, 2, 10) == least + 1
+    assert memory.arrival_budget(least - 1, SMALL, 2, 10) == least
+
+
+@pytest.mark.parametrize(
+    ("n_ranks", "capacity", "expected"),
+    [
+        (1, 1000, 1),  # alone: nothing is under way while it computes
+        (4, 39, 1),  # 39 x 2 x 4 / 5 = 62.4 rows per expert call
+        (4, 40, 2),  # 64 rows
+    ],
+)
+def test_microbatches_auto(n_ranks: int, capacity: int, expected: int) -> None:
+    assert memory.microbatches_auto(SMALL, n_ranks, capacity) == expected
+
+
+# ---------------------------------------------------------------- limits
+
+
+def test_the_limit_names_the_fullest_rank_and_its_parts() -> None:
+    plans = memory.plan_memory(SMALL, 2, place(SMALL, 2, PlacementOptions(replicas=0), 1), **STEP)
+    memory.check_limit(plans, 0)
+    memory.check_limit(plans, plans[0].total)
+    message = (
+        f"memory.limit = {memory.show_bytes(plans[1].total)}: rank 0 needs {memory.show_bytes(plans[0].total)} "
+        "(shared weights 6.5 KiB, 6 slots 3.4 KiB, KV cache 18.0 KiB, messages 6.1 KiB, activations "
+    )
+    with pytest.raises(FitError, match=re.escape(message) + ".* 1 of 2 ranks"):
+        memory.check_limit(plans, plans[1].total)
+    with pytest.raises(FitError, match="2 of 2 ranks"):
+        memory.check_limit(plans, plans[1].total - 1)
+
+
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 40), st.sampled_from(["linear", "balanced", "random"]))
+def test_what_slots_within_allows_fits_the_limit(n_experts: int, n_ranks: int, room: int, strategy: str) -> None:
+    config = replace(SMALL, n_experts=n_experts, top_k=1)
+    bare = memory.plan_memory(config, 2, place(config, 1, PlacementOptions(), 1), **STEP)[0]
+    limit = bare.total - bare.expert_bytes + room * SLOT + SLOT - 1
+    slots = memory.slots_within(limit, config, 2, **STEP)
+    assert slots == room
+    try:
+        placement = place(config, n_ranks, PlacementOptions(strategy=strategy), 1, slot_limit=slots)
+    except FitError:
+        per_layer = -(-n_experts // n_ranks) if strategy == "linear" else n_experts / n_ranks
+        assert 2 * per_layer > room
+        return
+    memory.check_limit(memory.plan_memory(config, 2, placement, **STEP), limit)
+
+
+def test_no_limit_and_no_room() -> None:
+    assert memory.slots_within(0, SMALL, 2, **STEP) is None
+    with pytest.raises(FitError, match="without any expert a home rank needs"):
+        memory.slots_within(1000, SMALL, 2, **STEP)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [
+        (0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (2**20 - 1, "1.0 MiB"), (2**20, "1.0 MiB"),
+        (80 * 10**9, "74.5 GiB"), (5 * 2**40, "5120.0 GiB"),
+    ],
+)  # fmt: skip
+def test_bytes_are_shown_in_a_fitting_unit(count: int, shown: str) -> None:
+    assert memory.show_bytes(count) == shown
+
+
+def test_plans_are_plain_integers() -> None:
+    (plan, *_) = memory.plan_memory(SMALL, 2, place(SMALL, 2, PlacementOptions(), 1), **STEP)
+    assert not any(isinstance(value, np.generic) for value in vars(plan).values())
