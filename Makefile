@@ -34,8 +34,8 @@ ready := $(VENV)/.ready-$(subst $(space),-,$(strip $(MPI) $(EXTRAS)))
 py := $(VENV)/bin/python
 moempi := $(py) -m moempi
 
-# limit SECONDS: a step that hangs is a failure. (Without timeout(1) nothing watches.)
-limit = $(if $(shell command -v timeout),timeout -k 10 $(1))
+# limit SECONDS: a step that hangs is a failure (without timeout(1) nothing watches); Ctrl-C still reaches it.
+limit = $(if $(shell command -v timeout),timeout --foreground -k 10 $(1))
 
 help:
 	@echo "make demo        set up, run jobs/demo.toml on RANKS=$(RANKS) ranks, show what came out"

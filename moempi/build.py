@@ -32,7 +32,11 @@ class Rank:
     home: Home
     control: Control
     forward: Forward
-    is_home: bool
+
+    def free(self) -> None:
+        """Give the communicators back. Collective."""
+        self.engine.free()
+        self.control.free()
 
 
 def build_rank(
@@ -45,11 +49,11 @@ def build_rank(
     """
     config, layout, world = shape.config, shape.layout, topology.world
     tables = layer_tables(layout.placement)
-    is_home = world.rank in layout.homes
     with open_weights(job.model.weights) as weights:
         experts = load_slots(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
-        network = Network(config, device, weights.tensor, shape.dtype) if is_home else None
-    cache = KVCache(config.n_layers, config.n_kv_heads, config.head_dim, layout.kv_tokens if is_home else 0, shape.dtype)
+        network = Network(config, device, weights.tensor, shape.dtype)
+    kv_tokens = layout.kv_tokens if world.rank in layout.homes else 0
+    cache = KVCache(config.n_layers, config.n_kv_heads, config.head_dim, kv_tokens, shape.dtype)
     engine = engine_type(
         Channels(dispatch=world.Dup(), answers=world.Dup(), barrier=world.Dup()),
         tables,
@@ -71,8 +75,8 @@ def build_rank(
         eos_tokens=shape.eos_tokens,
         tell=lambda message: control.send(0, message),
     )
-    forward = Forward(network, config.n_layers, engine, cache, layout.piece_rows, job.exchange.lockstep)
-    return Rank(engine, home, control, forward, is_home)
+    forward = Forward(network, engine, cache, layout.piece_rows, job.exchange.lockstep)
+    return Rank(engine, home, control, forward)
 
 
 def load_slots(

@@ -53,6 +53,11 @@ class Home:
         self._asked = 0
         self._parked: list[Future] = []
 
+    @property
+    def n_microbatches(self) -> int:
+        """How many microbatches are in flight."""
+        return len(self.resident)
+
     # ------------------------------------------------------------ messages of the router
 
     def hear(self, message: ToHome) -> None:

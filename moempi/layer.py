@@ -32,7 +32,6 @@ class Forward:
     """
 
     network: Network
-    n_layers: int
     engine: Engine
     cache: KVCache
     most_rows: int
@@ -58,7 +57,7 @@ class Forward:
 
     async def sit_out(self) -> None:
         """In lockstep, the part of a rank that has no tokens in this step."""
-        for _ in range(self.n_layers):
+        for _ in self.network.layers:
             await self.engine.meet()
 
     # ------------------------------------------------------------ the stages

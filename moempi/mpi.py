@@ -135,6 +135,14 @@ def _refuse_singletons(world: int, launched: int, library: str) -> None:
     )
 
 
+def meet(comm: MPI.Intracomm) -> None:
+    """A barrier that sleeps between looks: ranks that wait for a busy one leave it the cores. Collective."""
+    request, pause = comm.Ibarrier(), 1e-4
+    while not request.Test():
+        time.sleep(pause)
+        pause = min(2 * pause, 5e-3)
+
+
 # --- ends ------------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +158,7 @@ def agree(comm: MPI.Intracomm, error: MoempiError | None) -> None:
     """
     from mpi4py import MPI
 
+    meet(comm)
     none = comm.Get_size()
     first = comm.allreduce(none if error is None else comm.Get_rank(), op=MPI.MIN)
     if first == none:

@@ -10,7 +10,7 @@ from mpi4py import MPI
 
 from moempi import analysis, mpi
 from moempi.device.cpu import Cpu
-from moempi.errors import JobError, MoempiError
+from moempi.errors import DataError, JobError, MoempiError
 from moempi.exchange.topology import Topology
 from moempi.files.inputs import Prompts, check_prompts, read_inputs
 from moempi.files.output_writer import OutputWriter
@@ -69,13 +69,22 @@ def look(job: Job, n_ranks: int) -> Found:
     new_tokens = [int(own) or job.generate.max_new_tokens for own in prompts.max_new_tokens]
     positions = [len(t) + new - 1 for t, new in zip(prompts.tokens, new_tokens, strict=True)]
     dtype = job.model.dtype if job.model.dtype != "auto" else str(stored).removeprefix("torch.")
-    layout = lay_out(job, config, dtype, n_ranks, positions, _measured_load(job))
+    layout = lay_out(job, config, dtype, n_ranks, positions, _measured_load(job, config))
     sources = {"weights": model, "inputs": file_digest(job.input.file)}
     return Found(Shape(config, layout, eos_tokens), prompts, new_tokens, model, sources)
 
 
-def _measured_load(job: Job) -> np.ndarray | None:
-    return analysis.load_per_expert(analysis.load(job.placement.load)) if job.placement.load else None
+def _measured_load(job: Job, config: ModelConfig) -> np.ndarray | None:
+    """Tokens per MoE layer and expert [L, E] of the trace that `placement.load` names."""
+    if job.placement.load is None:
+        return None
+    load = analysis.load_per_expert(analysis.load(job.placement.load))
+    if load.shape != (config.n_layers, config.n_experts):
+        raise DataError(
+            f"{job.placement.load}: load of {load.shape[0]} layers x {load.shape[1]} experts; "
+            f"the model has {config.n_layers} x {config.n_experts}"
+        )
+    return load[list(config.moe_layers)]
 
 
 def look_together(comm: MPI.Intracomm, job: Job) -> tuple[Shape, Found | None]:
@@ -88,7 +97,7 @@ def look_together(comm: MPI.Intracomm, job: Job) -> tuple[Shape, Found | None]:
     if comm.rank == 0:
         try:
             found = look(job, comm.size)
-            check_tags(found.shape.layout, found.shape.config.n_layers, comm.Get_attr(MPI.TAG_UB))
+            check_tags(found.shape.layout, found.shape.config.n_layers, int(comm.Get_attr(MPI.TAG_UB) or 0))
         except MoempiError as caught:
             error = caught
     mpi.agree(comm, error)

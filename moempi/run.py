@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 from mpi4py import MPI
 
-from moempi.errors import EXIT_DONE
-from moempi.exchange.arrivals import Experts
-from moempi.exchange.engine import Channels, Engine, Limits
-from moempi.exchange.slots import layer_tables
-from moempi.exchange.topology import Topology, look_around
-from moempi.device.cpu import Cpu
+from moempi.build import Rank, build_rank
+from moempi.errors import EXIT_COMMITTED, EXIT_DONE
+from moempi.exchange.engine import Engine
+from moempi.exchange.topology import look_around
+from moempi.files.completions import Completion
 from moempi.files.output_writer import OutputWriter
-from moempi.files.weights import Weights, open_weights
 from moempi.generate import generate, generate_in_lockstep
-from moempi.home import Home
 from moempi.job import Job
-from moempi.layer import Forward
-from moempi.model.cache import KVCache
-from moempi.model.expert import Expert, leaf_range
-from moempi.model.network import Network
-from moempi.mpi import Drain
-from moempi.prepare import Found, Shape, assignments, choose_device, look_together, open_output
-from moempi.recorder import Recorder
+from moempi.mpi import Drain, meet
+from moempi.prepare import Found, assignments, choose_device, look_together, open_output
+from moempi.progress import Progress
 from moempi.report import Outcome, finish
-from moempi.router.control import Control
 from moempi.router.router import Router
 from moempi.router.service import Service
 from moempi.tracing import Tracer
@@ -46,20 +37,54 @@ def run(
     """Run a job on the ranks of a communicator. Collective.
 
     Args:
+        resume: go on with what an earlier run of the job has committed.
+        overwrite: remove what an earlier run has written.
         drain: set by a signal; the job then commits what it has and ends.
         engine_type: for tests, which watch an engine or hold its messages back.
 
     Raises:
         MoempiError: on all ranks alike for what is found before the start, on one rank for what fails later.
     """
+    drain = drain or Drain()
     with torch.inference_mode():
         topology = look_around(comm)
         shape, found = look_together(comm, job)
         device = choose_device(topology, job, shape)
         writer = open_output(comm, job, found, device, resume=resume, overwrite=overwrite)
-        if comm.bcast(writer is not None and writer.complete, root=0):
-            return nothing_to_do(writer)
-        rank = build(topology, job, shape, device, engine_type)
-        service = Service(rank.home, rank.control, route(job, shape, found, writer), drain or Drain(), job)
-        seconds = work(rank, service, shape, lockstep=job.exchange.lockstep)
-        return finish(...)
+        with writer or nullcontext():
+            if comm.bcast(writer is not None and writer.complete, root=0):
+                return Outcome(EXIT_DONE, output=job.output.file, already_done=True)
+            tracer = Tracer(topology, job, shape, resume=resume)
+            rank = build_rank(topology, job, shape, device, tracer.recorder, engine_type)
+            router = build_router(comm, job, found, writer)
+            service = Service(rank.control, rank.home, router, drain, Progress(job.progress.every))
+            rank.engine.services += [service, tracer]
+            seconds = work(comm, rank, service, lockstep=job.exchange.lockstep)
+            code = drain.exit_code if drain.requested else EXIT_COMMITTED
+            return finish(comm, job, rank, tracer, router, found, writer, seconds, code)
+
+
+def build_router(comm: MPI.Intracomm, job: Job, found: Found | None, writer: OutputWriter | None) -> Router | None:
+    """The router on rank 0, None elsewhere."""
+    if found is None or writer is None:
+        return None
+
+    def keep(completion: Completion) -> None:
+        writer.put(completion)
+
+    return Router(
+        assignments(found, writer), comm.size, job.run.capacity, job.admission.policy, keep=keep, commit=writer.commit
+    )
+
+
+def work(comm: MPI.Intracomm, rank: Rank, service: Service, *, lockstep: bool) -> float:
+    """Generate until the router ends the job; seconds that it took. Collective."""
+    if lockstep:
+        tasks = [generate_in_lockstep(rank.home, rank.forward)]
+    else:
+        tasks = [generate(rank.home, rank.forward, m) for m in range(rank.home.n_microbatches)]
+    meet(comm)
+    begin = time.perf_counter()
+    service.start()
+    rank.engine.run(tasks)
+    return time.perf_counter() - begin

@@ -9,7 +9,7 @@ from moempi.recorder import STAGES
 
 
 def time_per_stage(trace: Trace) -> np.ndarray:
-    """Seconds per rank and stage, float64 [N, S]. Stages may lie inside others, so a row need not add up to anything."""
+    """Seconds per rank and stage, float64 [N, S]; stages may lie inside others, so they need not add up."""
     return _per_stage(trace, "time") / 1e9
 
 

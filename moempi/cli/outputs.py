@@ -82,12 +82,13 @@ def _display(shard: Shard, first: int) -> None:
 
     console = Console(highlight=False)
     head, n = shard.head, len(shard.head.ids)
-    console.print(_title(head), style="bold", markup=False)
+    console.print(_title(head), style="bold", markup=False, soft_wrap=True)
     block = shard.read(0, min(first, n))
     for row in range(len(block)):
         _display_sequence(console, block.sequence(row))
     if first < n:
-        console.print(f"... and {n - first} more: -n {n} shows all, --json prints them", style="dim", markup=False)
+        more = f"... and {n - first} more: -n {n} shows all, --json prints them"
+        console.print(more, style="dim", markup=False, soft_wrap=True)
 
 
 def _title(head: Head) -> str:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _PATH = click.Path(path_type=Path)
-_RANKS_IN_A_TABLE = 16  # more ranks are shown by their extremes
+_RANKS_IN_A_TABLE = 16  # of more ranks only the extremes are shown
 _LINKS_SHOWN = 10
 
 
@@ -42,8 +42,9 @@ def _display(found: dict[str, Any]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    console.print(_title(found), style="bold", markup=False)
-    for table in (_time(found), _load(found), _traffic(found)):
+    console.print(_title(found), style="bold", markup=False, soft_wrap=True)
+    few = [_time_by_rank(found)] if found["ranks"] <= _RANKS_IN_A_TABLE else []
+    for table in (_time(found), *few, _load(found), _traffic(found)):
         console.print()
         console.print(table)
 
@@ -57,27 +58,40 @@ def _title(found: dict[str, Any]) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    # Sixteen ranks by ten stages fit a terminal of 80 characters.
+    table.show_edge, table.pad_edge, table.padding = False, False, (0, 0, 0, 1)
     for column in columns:
         table.add_column(column, justify="right")
     return table
 
 
 def _time(found: dict[str, Any]) -> Table:
-    ranks, rows = found["ranks"], found["time"]
-    stages = list(dict.fromkeys(row["stage"] for row in rows))
-    seconds = {(row["stage"], row["rank"]): row["seconds"] for row in rows}
-    spans = {stage: sum(row["spans"] for row in rows if row["stage"] == stage) for stage in stages}
-    shown = range(ranks) if ranks <= _RANKS_IN_A_TABLE else range(0)
-    title = "Time per stage in s (stages may lie inside others)"
-    table = _table(title, "stage", "spans", "mean", "least", "most", *(f"{rank}" for rank in shown))
-    for stage in stages:
-        each = [seconds.get((stage, rank), 0.0) for rank in range(ranks)]
-        parts = [sum(each) / ranks, min(each), max(each), *(each[rank] for rank in shown)]
-        table.add_row(stage, f"{spans[stage]:,}", *(f"{part:.3f}" for part in parts))
+    table = _table("Time per stage in s (stages may lie inside others)", "stage", "spans", "mean", "least", "most")
+    for stage, each in _seconds(found).items():
+        spans = sum(row["spans"] for row in found["time"] if row["stage"] == stage)
+        ends = [f"{each[rank]:.3f} (rank {rank})" for rank in (each.index(min(each)), each.index(max(each)))]
+        table.add_row(stage, f"{spans:,}", f"{sum(each) / len(each):.3f}", *ends)
     return table
+
+
+def _time_by_rank(found: dict[str, Any]) -> Table:
+    seconds = _seconds(found)
+    table = _table("Time per rank and stage in s", "rank", *seconds)
+    for rank in range(found["ranks"]):
+        table.add_row(str(rank), *(f"{each[rank]:.2f}" for each in seconds.values()))
+    return table
+
+
+def _seconds(found: dict[str, Any]) -> dict[str, list[float]]:
+    """Seconds of each rank by stage, stages in the order of the first rank that has them."""
+    seconds: dict[str, list[float]] = {}
+    for row in found["time"]:
+        seconds.setdefault(row["stage"], [0.0] * found["ranks"])[row["rank"]] = row["seconds"]
+    return seconds
 
 
 def _load(found: dict[str, Any]) -> Table:

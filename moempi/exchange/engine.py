@@ -188,6 +188,11 @@ class Engine:
                 f"(engine.stall_timeout = {self._limits.stall_timeout:g} s)"
             )
 
+    def free(self) -> None:
+        """Give the communicators back. Collective."""
+        for comm in (self._channels.dispatch, self._channels.answers, self._channels.barrier):
+            comm.Free()
+
     # ------------------------------------------------------------ the home's side: rows out, answers in
 
     def answer_dtype(self, table: LayerTable) -> torch.dtype:
@@ -219,9 +224,9 @@ class Engine:
     # ------------------------------------------------------------ the expert's side: rows in, answers out
 
     def _take_arrivals(self) -> bool:
-        moved = False
-        while self._channels.dispatch.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, self._status):
-            if not self._take_arrival(self._status.Get_source(), self._status.Get_tag(), self._status.Get_count(MPI.BYTE)):
+        moved, status = False, self._status
+        while self._channels.dispatch.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
+            if not self._take_arrival(status.Get_source(), status.Get_tag(), status.Get_count(MPI.BYTE)):
                 break
             moved = True
         return moved

@@ -29,6 +29,10 @@ class Topology:
         """How many nodes there are."""
         return len(set(self.node_of))
 
+    def describe(self) -> list[dict[str, int | str]]:
+        """Node and host of every rank."""
+        return [{"node": node, "host": host} for node, host in zip(self.node_of, self.hosts, strict=True)]
+
 
 def look_around(world: MPI.Intracomm) -> Topology:
     """Find the nodes of a communicator. Collective."""

@@ -58,7 +58,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str, str]]] = {
         "time": ("i8", "ns", "sum of their durations"),
     },
     "traffic": {
-        "kind": ("i1", "", "dispatch or return"),
+        "kind": ("i1", "", "dispatch or answer"),
         "layer": _PLACE["layer"],
         "source": ("i4", "", "rank that sent"),
         "destination": ("i4", "", "rank that received"),

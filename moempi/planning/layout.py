@@ -92,8 +92,9 @@ def check_tags(layout: Layout, n_layers: int, bound: int) -> None:
     largest = layout.tags.bound(n_layers)
     if largest > bound:
         raise FitError(
-            f"{n_layers} layers x {layout.n_microbatches} microbatches x {layout.tags.n_pieces} pieces need message tags "
-            f"up to {largest}; this MPI library takes {bound}: lower run.microbatches or raise exchange.piece_bytes"
+            f"{n_layers} layers x {layout.n_microbatches} microbatches x {layout.tags.n_pieces} pieces need message "
+            f"tags up to {largest}; this MPI library takes {bound}: lower run.microbatches or raise "
+            "exchange.piece_bytes"
         )
 
 

@@ -8,6 +8,7 @@ to the lowest index, and random numbers come from the raw stream of a counter-ba
 from __future__ import annotations
 
 import heapq
+import math
 
 import numpy as np
 
@@ -32,6 +33,13 @@ def extra_copies(load: np.ndarray, extra: int, n_ranks: int) -> np.ndarray:
         if copies + 1 < n_ranks:
             heapq.heappush(heap, (-float(load[expert]) / (copies + 1), copies + 1, expert))
     return np.array(chosen, dtype=np.int64)
+
+
+def held_load(holds: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Load of every rank, float64 [N], of a layer [N, E] whose copies weigh `weight` [E]."""
+    # Not a matrix product: its rounding differs from processor to processor, and ranks may plan on unlike ones.
+    rank, expert = np.nonzero(holds)
+    return np.bincount(rank, weights=weight[expert], minlength=len(holds))
 
 
 class _Bins:
@@ -116,7 +124,7 @@ def balanced_layer(n_ranks: int, copies: np.ndarray, weight: np.ndarray) -> np.n
             bins.deal(int(expert), bins.within(n_experts + len(copies)))
     packed = _improve(bins.holds, weight)
     blocks = linear_layer(n_experts, n_ranks, copies)
-    return blocks if (blocks @ weight).max() < (packed @ weight).max() else packed
+    return blocks if held_load(blocks, weight).max() < held_load(packed, weight).max() else packed
 
 
 def _improve(holds: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -127,9 +135,9 @@ def _improve(holds: np.ndarray, weight: np.ndarray) -> np.ndarray:
     holds = np.concatenate([holds, (count < count.max())[:, None]], axis=1)
     weight = np.append(weight, 0.0)
     for _ in range(_MOST_SWAPS):
-        load = holds @ weight
+        load = held_load(holds, weight)
         fullest = int(np.argmax(load))
-        if load[fullest] <= _CLOSE * max(load.mean(), weight.max()):
+        if load[fullest] <= _CLOSE * max(math.fsum(load) / len(load), weight.max()):
             break
         swap = _best_swap(holds, weight, load, fullest)
         if swap is None:
@@ -160,7 +168,7 @@ def _best_swap(
 
 def seat(holds: np.ndarray, weight: np.ndarray, total_slots: np.ndarray, total_load: np.ndarray) -> np.ndarray:
     """Renumber a layer's ranks so that over all layers slots stay even, and load as even as that allows."""
-    bins = np.lexsort([-(holds @ weight), -holds.sum(axis=1)])
+    bins = np.lexsort([-held_load(holds, weight), -holds.sum(axis=1)])
     ranks = np.lexsort([total_load, total_slots])
     seated = np.empty_like(holds)
     seated[ranks] = holds[bins]

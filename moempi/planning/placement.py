@@ -17,7 +17,7 @@ import numpy as np
 from moempi.errors import DataError, FitError, JobError
 from moempi.job import PlacementOptions
 from moempi.model.config import ModelConfig
-from moempi.planning.packing import balanced_layer, extra_copies, linear_layer, random_layer, seat
+from moempi.planning.packing import balanced_layer, extra_copies, held_load, linear_layer, random_layer, seat
 
 COLUMNS = ("layer", "expert", "replica", "lo", "hi", "rank")
 
@@ -212,7 +212,7 @@ def place(
         copies = extra_copies(rows, extra, n_ranks)
         holds = _deal_layer(options, layer, rows, copies, total_slots, total_load)
         total_slots += holds.sum(axis=1)
-        total_load += holds @ (rows / (1 + np.bincount(copies, minlength=n_experts)))
+        total_load += held_load(holds, rows / (1 + np.bincount(copies, minlength=n_experts)))
         held.append(holds)
     placement = _whole_slots(held, n_ranks, n_experts, leaves, layers)
     check_strict(placement, options)

@@ -40,3 +40,7 @@ class Control:
             source = self._status.Get_source()
             messages.append((source, self._comm.recv(source=source, tag=self._status.Get_tag())))
         return messages
+
+    def free(self) -> None:
+        """Give the communicator back. Collective."""
+        self._comm.Free()

@@ -6,9 +6,8 @@ from moempi.home import Home
 from moempi.mpi import Drain
 from moempi.progress import Progress
 from moempi.router.control import Control
-from moempi.router.messages import DrainWanted, Work
 from moempi.router.messages import Drain as DrainNow
-from moempi.router.messages import End
+from moempi.router.messages import DrainWanted, End, Work
 from moempi.router.router import Outgoing, Router
 
 

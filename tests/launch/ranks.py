@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -58,13 +59,17 @@ class Running:
     def err(self) -> str:
         return b"".join(self._texts[1]).decode(errors="replace")
 
-    def wait_for(self, text: str, times: int = 1, timeout: float = 60) -> None:
-        """Wait until standard output holds `text` that many times; fails when it does not come."""
+    def wait_for(self, pattern: str, times: int = 1, timeout: float = 60) -> list[str]:
+        """Wait until standard output holds so many matches of `pattern`, and return them; fails when they don't come.
+
+        Ranks write at the same time, so lines may run into each other.
+        """
         end = time.monotonic() + timeout
-        while self.out.count(text) < times:
-            assert time.monotonic() < end, f"{text!r} came {self.out.count(text)} times:\n{self.out}\n{self.err}"
-            assert self.process.poll() is None or self.out.count(text) >= times, f"ended:\n{self.out}\n{self.err}"
+        while len(found := re.findall(pattern, self.out)) < times:
+            assert time.monotonic() < end, f"{pattern!r} came {len(found)} times:\n{self.out}\n{self.err}"
+            assert self.process.poll() is None, f"ended:\n{self.out}\n{self.err}"
             time.sleep(0.02)
+        return found
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)

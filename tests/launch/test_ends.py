@@ -60,8 +60,7 @@ def launcher(how: str, grace: float = 30, ranks: int = 2) -> list[str]:
 
 def ready(running: Running, ranks: int = 2) -> list[int]:
     """Wait for all ranks; their process ids."""
-    running.wait_for("ready ", ranks)
-    return [int(line.split()[1]) for line in running.out.splitlines() if line.startswith("ready ")]
+    return [int(pid) for pid in running.wait_for(r"ready (\d+);", ranks)]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])

@@ -12,7 +12,7 @@ mpi.signals.install()
 
 def work(how: str) -> int:
     world = mpi.start()
-    print(f"ready {os.getpid()}", flush=True)
+    print(f"ready {os.getpid()};", flush=True)
     # Time enough for every test; a rank that nobody ends does not stay for ever.
     end = time.monotonic() + 60
     while time.monotonic() < end and (how == "deaf" or not mpi.signals.requested):

@@ -1,0 +1,119 @@
+"""`moempi run`: a job, under mpirun or srun, or alone and starting mpirun itself."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moempi import mpi
+from moempi.errors import EXIT_DONE, JobError
+from moempi.job import Job, load_job
+
+if TYPE_CHECKING:
+    from moempi.report import Outcome
+
+
+@click.command()
+@click.argument("job", type=click.Path(path_type=Path))
+@click.option("-n", "--ranks", type=click.IntRange(1), help="Start mpirun with this many ranks.")
+@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override an option of the job.")
+@click.option("--resume", is_flag=True, help="Go on where a stopped run of the job ended.")
+@click.option("--overwrite", is_flag=True, help="Replace the output of an earlier run.")
+@click.option("--dry-run", is_flag=True, help="Print the effective job and what each rank will hold, then end.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--mpirun", metavar="COMMAND", help="The mpirun that -n starts; by default the one beside this Python.")
+def run(
+    job: Path,
+    ranks: int | None,
+    overrides: tuple[str, ...],
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    as_json: bool,
+    mpirun: str | None,
+) -> int:
+    """Run JOB: completions for a file of prompts.
+
+    Under mpirun or srun this is one rank of the job. Alone it is a job of one rank, or of as many as -n says.
+
+    \b
+    moempi run jobs/demo.toml -n 16
+    mpirun -n 16 moempi run jobs/demo.toml
+    moempi run jobs/demo.toml --dry-run -n 64 --set model.dtype=bfloat16
+    """
+    checked = load_job(job, list(overrides))
+    if dry_run:
+        return _dry_run(checked, ranks or mpi.launched_size(), as_json)
+    if ranks is not None and mpi.launched_size() > 1:
+        raise JobError(f"-n {ranks} starts mpirun, but this is one of {mpi.launched_size()} ranks already: omit -n")
+    if ranks is not None:
+        given = {"--resume": resume, "--overwrite": overwrite, "--json": as_json}
+        flags = [flag for flag, on in given.items() if on]
+        settings = [part for override in overrides for part in ("--set", override)]
+        return _launch(["run", str(job), *settings, *flags], ranks, checked.run.grace, mpirun)
+    return _run_here(checked, resume=resume, overwrite=overwrite, as_json=as_json)
+
+
+def _launch(arguments: list[str], ranks: int, grace: float, mpirun: str | None) -> int:
+    from moempi.launch import launch, this_program
+
+    return launch(this_program(*arguments), ranks, grace, mpirun)
+
+
+def _run_here(job: Job, *, resume: bool, overwrite: bool, as_json: bool) -> int:
+    if mpi.launched_size() == 1:
+        # No launcher stands between this process and the terminal: Ctrl-C drains too.
+        mpi.signals.install(signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+    world = mpi.start()
+    _log_from(world.rank)
+    from moempi.run import run as run_job
+
+    outcome = run_job(world, job, resume=resume, overwrite=overwrite, drain=mpi.signals)
+    if world.rank == 0:
+        click.echo(json.dumps(outcome.as_dict()) if as_json else describe(outcome))
+    return outcome.exit_code
+
+
+def _log_from(rank: int) -> None:
+    import logging
+
+    level = logging.INFO if rank == 0 else logging.WARNING
+    logging.basicConfig(level=level, format=f"rank {rank}: %(message)s" if rank else "%(message)s")
+
+
+def describe(outcome: Outcome) -> str:
+    """The last lines of a run, for a person."""
+    if outcome.already_done:
+        return f"nothing to do: {outcome.output} is complete"
+    lines = [
+        f"{outcome.finished} of {outcome.sequences} sequences finished, {outcome.new_tokens} new tokens in "
+        f"{outcome.seconds:.2f} s: {outcome.tokens_per_second:.0f} tokens/s "
+        f"({outcome.mode} mode, {outcome.ranks} ranks)",
+    ]
+    if outcome.exit_code == EXIT_DONE:
+        lines.append(f"output: {outcome.output}")
+    else:
+        lines.append(f"stopped early and committed; go on with --resume (exit code {outcome.exit_code})")
+    if outcome.trace is not None:
+        lines.append(f"trace:  {outcome.trace}")
+    return "\n".join(lines)
+
+
+def _dry_run(job: Job, n_ranks: int, as_json: bool) -> int:
+    from dataclasses import asdict
+
+    from moempi.cli.plan_table import show_memory
+    from moempi.prepare import look
+
+    layout = look(job, n_ranks).shape.layout
+    if as_json:
+        ranks = [asdict(plan) | {"total": plan.total} for plan in layout.memory]
+        click.echo(json.dumps({"job": job.model_dump(mode="json"), "dtype": layout.dtype, "ranks": ranks}))
+    else:
+        click.echo(job.to_json())
+        show_memory(layout)
+    return EXIT_DONE

@@ -1,0 +1,102 @@
+"""How a run ended, and writing it down."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpi4py import MPI
+
+from moempi.build import Rank
+from moempi.errors import EXIT_DONE
+from moempi.files.output_writer import OutputWriter
+from moempi.files.weights import open_weights
+from moempi.job import Job
+from moempi.mpi import meet
+from moempi.prepare import Found
+from moempi.router.router import Router
+from moempi.tracing import Tracer
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to; whole on rank 0, only the exit code elsewhere."""
+
+    exit_code: int
+    mode: str = "exact"
+    ranks: int = 0
+    sequences: int = 0  # of the input
+    finished: int = 0  # by this run
+    new_tokens: int = 0  # by this run
+    seconds: float = 0.0  # from the first sequence handed out to the last one committed
+    steps: tuple[int, ...] = ()  # forward steps of every rank
+    expert_calls: tuple[int, ...] = ()
+    expert_rows: tuple[int, ...] = ()
+    output: Path | None = None
+    trace: Path | None = None
+    already_done: bool = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """New tokens per second of this run."""
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        table = asdict(self) | {"tokens_per_second": self.tokens_per_second}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in table.items()}
+
+
+def finish(
+    comm: MPI.Intracomm,
+    job: Job,
+    rank: Rank,
+    tracer: Tracer,
+    router: Router | None,
+    found: Found | None,
+    writer: OutputWriter | None,
+    seconds: float,
+    drained_code: int,
+) -> Outcome:
+    """Write the final files and gather what was measured. Collective.
+
+    Args:
+        router, found, writer: on rank 0.
+        drained_code: the exit code if the run was told to stop early.
+    """
+    experts = rank.engine.experts
+    counts = comm.gather((rank.home.steps, experts.calls, experts.rows_computed), root=0)
+    outcome = Outcome(exit_code=EXIT_DONE)
+    if router is not None and found is not None and writer is not None and counts is not None:
+        steps, calls, rows = (tuple(column) for column in zip(*counts, strict=True))
+        outcome = Outcome(
+            exit_code=EXIT_DONE if router.finished == router.total else drained_code,
+            ranks=comm.size,
+            sequences=len(found.prompts.ids),
+            finished=router.finished,
+            new_tokens=router.new_tokens,
+            seconds=seconds,
+            steps=steps,
+            expert_calls=calls,
+            expert_rows=rows,
+            output=job.output.file,
+            trace=None if job.trace.level == "off" else tracer.path,
+        )
+        if outcome.exit_code == EXIT_DONE:
+            write_output(job, found, writer, outcome)
+    tracer.finish(found.sources if found else None, outcome.as_dict())
+    rank.free()
+    meet(comm)
+    code = comm.bcast(outcome.exit_code, root=0)
+    return Outcome(exit_code=code) if comm.rank else outcome
+
+
+def write_output(job: Job, found: Found, writer: OutputWriter, outcome: Outcome) -> None:
+    """Merge the commits into the final file, with text where the weights have a tokenizer. Rank 0."""
+    with open_weights(job.model.weights) as weights:
+        tokenizer = weights.tokenizer()
+    meta: dict[str, Any] = {"mode": outcome.mode, **outcome.as_dict()}
+    if tokenizer is not None:
+        meta["decode"] = lambda tokens: tokenizer.decode([int(token) for token in tokens])
+    writer.finish(found.prompts, meta)

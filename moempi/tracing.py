@@ -1,0 +1,90 @@
+"""A rank's share of the trace: notes taken while it runs, written in parts, merged by rank 0 at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from moempi.exchange.topology import Topology, align_clocks
+from moempi.files.parts import remove_parts
+from moempi.files.trace import Clocks, merge_trace, set_aside
+from moempi.files.trace_writer import TraceWriter
+from moempi.job import Job
+from moempi.prepare import Shape
+from moempi.recorder import Recorder
+
+PART_BYTES = 64 * 2**20  # of notes in memory, before they are written
+
+
+class Tracer:
+    """Holds the recorder of a rank and writes what it collects. A service of the engine.
+
+    Collective to build and to `finish`.
+
+    Args:
+        resume: keep the trace of the run that is gone on with, under another name.
+    """
+
+    def __init__(self, topology: Topology, job: Job, shape: Shape, *, resume: bool):
+        config, world = shape.config, topology.world
+        self.path, self._every = job.trace_file, job.trace.flush_every
+        self.recorder = Recorder(
+            job.trace.level, world.rank, world.size, config.n_layers, config.n_experts, config.top_k
+        )
+        self._topology, self._job = topology, job
+        if world.rank == 0:
+            clear(self.path, keep=resume)
+        clock = align_clocks(world)
+        self.start = world.bcast(time.perf_counter_ns(), root=0)
+        self._about = {
+            **self.recorder.describe(),
+            "mode": "exact",
+            "job": job.to_json(),
+            "start": self.start,
+            "offset": clock.offset,
+            "error": clock.error,
+        }
+        self._writer = TraceWriter(self.path, world.rank, self._about)
+        self._next = time.monotonic() + self._every
+
+    def __call__(self) -> bool:
+        """Write a part if there is much to write, or if it is time."""
+        if self.recorder.size() < PART_BYTES and time.monotonic() < self._next:
+            return False
+        self._next = time.monotonic() + self._every
+        self._writer.put(self.recorder.take())
+        return True
+
+    def finish(self, sources: dict[str, str] | None, measured: dict[str, object]) -> None:
+        """Write the last part, then merge all ranks' parts on rank 0. Collective.
+
+        Args:
+            sources: {name: SHA-256} of what the job read; on rank 0.
+            measured: what else is known of the run; on rank 0.
+        """
+        self._writer.put(self.recorder.take())
+        world, about = self._topology.world, self._about
+        ranks = world.gather((self._writer.close(), about["offset"], about["error"]), root=0)
+        if ranks is None or self.recorder.level == "off":
+            return
+        parts, offsets, errors = zip(*ranks, strict=True)
+        merge_trace(
+            self.path,
+            self._job.to_json(),
+            sources or {},
+            Clocks(self.start, np.array(offsets), np.array(errors)),
+            self._topology.describe(),
+            {**self.recorder.describe(), "mode": "exact", **measured},
+            parts,
+        )
+
+
+def clear(path: Path, *, keep: bool) -> None:
+    """Make room for a new trace: an earlier one is set aside or removed."""
+    if keep:
+        set_aside(path)
+    else:
+        path.unlink(missing_ok=True)
+        remove_parts(path)
