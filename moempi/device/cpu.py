@@ -19,7 +19,7 @@ from moempi.errors import MoempiError
 
 TILE_ROWS = 16  # rows of a tile, and the multiple that features are padded to, where products are not packed
 PACK_ROWS = 16  # the row count that oneDNN chooses its blocking for; part of the bits
-SELF_TEST_ROWS = (2, 3, 5, 8, 17, 64, 67)
+SELF_TEST_ROWS = (2, 3, 5, 8, 17, 64, 67, 130)
 
 
 class Linear:
@@ -43,10 +43,13 @@ class Linear:
         return self._packed_rows(x) if self.packed else self._tiled_rows(x)
 
     def _packed_rows(self, x: Tensor) -> Tensor:
-        # A lone row takes another kernel: give it company.
-        if x.shape[0] == 1:
-            return _packed_product(x.expand(2, -1).contiguous(), self._weight)[:1]
-        return _packed_product(x, self._weight)
+        rows = x.shape[0]
+        wanted = padded_rows(rows)
+        if wanted == rows:
+            return _packed_product(x, self._weight)
+        padded = x.new_zeros(wanted, x.shape[1])
+        padded[:rows] = x
+        return _packed_product(padded, self._weight)[:rows]
 
     def _tiled_rows(self, x: Tensor) -> Tensor:
         rows, features = x.shape
@@ -54,6 +57,18 @@ class Linear:
         padded[:rows, :features] = x
         tiles = [F.linear(tile, self._weight) for tile in padded.split(TILE_ROWS)]
         return torch.cat(tiles)[:rows, : self.shape[0]]
+
+
+def padded_rows(rows: int) -> int:
+    """Rows that a packed product is called with: a lone row takes another kernel, so there are at least two.
+
+    oneDNN compiles a kernel for every row count that it meets, which takes 0.7 ms; a batch that shrinks and grows
+    would meet hundreds. Padding to a few counts costs less, and the bits of a row do not change.
+    """
+    if rows <= TILE_ROWS:
+        return max(2, 1 << (rows - 1).bit_length())
+    step = TILE_ROWS if rows <= 256 else 64
+    return -(-rows // step) * step
 
 
 def _pack(weight: Tensor) -> Tensor:

@@ -52,7 +52,10 @@ def lay_out(
         JobError, DataError: the placement file does not belong to this job.
     """
     nbytes = {"float32": 4, "bfloat16": 2}[dtype]
-    n_microbatches = _microbatches(job, config, n_ranks)
+    homes = home_ranks(job.admission.policy, n_ranks)
+    # Fewer sequences than places: what a home really holds decides.
+    held = min(job.run.capacity, -(-len(positions) // len(homes)))
+    n_microbatches = _microbatches(job, config, n_ranks, held)
     step_tokens = max(job.run.prefill_tokens, job.run.capacity)
     budget = memory.arrival_budget(job.exchange.arrival_budget, config, nbytes, step_tokens)
     sizes = {
@@ -63,7 +66,6 @@ def lay_out(
         "arrival_budget": budget,
     }
     placement = _placement(job, config, n_ranks, nbytes, load, sizes)
-    homes = home_ranks(job.admission.policy, n_ranks)
     plans = memory.plan_memory(config, nbytes, placement, homes=homes, packed_head=True, **sizes)
     memory.check_limit(plans, job.memory.limit)
     # Answers of cut experts are float32, whatever the model's dtype.
@@ -98,11 +100,11 @@ def check_tags(layout: Layout, n_layers: int, bound: int) -> None:
         )
 
 
-def _microbatches(job: Job, config: ModelConfig, n_ranks: int) -> int:
+def _microbatches(job: Job, config: ModelConfig, n_ranks: int, held: int) -> int:
     if job.exchange.lockstep:
         return 1  # all ranks meet after every layer, so a rank can have one under way
     if job.run.microbatches == "auto":
-        return memory.microbatches_auto(config, n_ranks, job.run.capacity)
+        return memory.microbatches_auto(config, n_ranks, held)
     return job.run.microbatches
 
 
