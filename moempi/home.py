@@ -140,7 +140,9 @@ class Home:
         self._waiting.clear()
         for sequence in list(self.resident[microbatch]):
             self._let_go(sequence, microbatch)
-        self.tell(Done([_completion(s, self.eos_tokens, partial=True) for s in leaving if s.logprobs]))
+        begun = [_completion(s, self.eos_tokens, partial=True) for s in leaving if s.logprobs]
+        if begun:
+            self.tell(Done(begun))
         if not any(self.resident) and not self._drained:
             self._drained = True
             self.tell(Drained())

@@ -17,9 +17,9 @@ from moempi.files.output_writer import OutputWriter
 from moempi.files.schema import environment, file_digest
 from moempi.files.weights import open_weights
 from moempi.job import Job
+from moempi.layout import Layout, check_tags, lay_out
 from moempi.model.config import ModelConfig
 from moempi.model.network import product_shapes
-from moempi.planning.layout import Layout, check_tags, lay_out
 from moempi.router.messages import Assignment
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -97,7 +97,7 @@ def look_together(comm: MPI.Intracomm, job: Job) -> tuple[Shape, Found | None]:
     if comm.rank == 0:
         try:
             found = look(job, comm.size)
-            check_tags(found.shape.layout, found.shape.config.n_layers, int(comm.Get_attr(MPI.TAG_UB) or 0))
+            check_tags(found.shape.layout, found.shape.config.n_layers, int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0))
         except MoempiError as caught:
             error = caught
     mpi.agree(comm, error)

@@ -86,8 +86,8 @@ def finish(
         if outcome.exit_code == EXIT_DONE:
             write_output(job, found, writer, outcome)
     tracer.finish(found.sources if found else None, outcome.as_dict())
-    rank.free()
     meet(comm)
+    rank.free()
     code = comm.bcast(outcome.exit_code, root=0)
     return Outcome(exit_code=code) if comm.rank else outcome
 

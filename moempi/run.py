@@ -21,7 +21,7 @@ from moempi.prepare import Found, assignments, choose_device, look_together, ope
 from moempi.progress import Progress
 from moempi.report import Outcome, finish
 from moempi.router.router import Router
-from moempi.router.service import Service
+from moempi.service import Service
 from moempi.tracing import Tracer
 
 

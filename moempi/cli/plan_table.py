@@ -7,7 +7,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
-from moempi.planning.layout import Layout
+from moempi.layout import Layout
 from moempi.planning.memory import RankMemory, show_bytes
 
 COLUMNS = ("ranks", "slots", "shared weights", "experts", "KV cache", "messages", "activations", "total")

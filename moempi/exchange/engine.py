@@ -109,6 +109,10 @@ class Engine:
         self._living = len(tasks)
         while self._living or self.requests:
             self.turn()
+        # Others may still be at it: go on serving them until all are here.
+        self.requests.add(self._channels.barrier.Ibarrier(), lambda: None)
+        while self.requests:
+            self.turn()
 
     def turn(self) -> None:
         """Look at the network, resume one task, serve one expert; rest if there was nothing to do."""

@@ -8,6 +8,7 @@ from typing import Any
 from moempi.errors import DataError
 
 PAGE = 64  # positions of a page of the KV cache, which is also a block of keys in attention
+MOST = 10_000  # layers, or experts of a layer: a damaged file may claim anything
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
     """
     get = _Reader(raw, where)
     _refuse_what_is_missing_here(raw, where)
-    n_layers = get.positive("num_hidden_layers")
-    n_experts = get.positive("num_experts", "num_local_experts")
+    n_layers = get.positive("num_hidden_layers", most=MOST)
+    n_experts = get.positive("num_experts", "num_local_experts", most=MOST)
     top_k = get.positive("num_experts_per_tok")
     if top_k > n_experts:
         raise DataError(f"{where}: num_experts_per_tok is K = {top_k}, but there are only E = {n_experts} experts")
@@ -94,12 +95,12 @@ class _Reader:
     raw: dict[str, Any]
     where: str
 
-    def positive(self, *names: str, default: int | None = None) -> int:
+    def positive(self, *names: str, default: int | None = None, most: int = 2**31 - 1) -> int:
         for name in names:
             value = self.raw.get(name)
             if value is not None:
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise DataError(f"{self.where}: {name} = {value!r}; expected a whole number of at least 1")
+                if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+                    raise DataError(f"{self.where}: {name} = {value!r}; expected a whole number from 1 to {most}")
                 return value
         if default is None:
             raise DataError(f"{self.where}: {' or '.join(names)} is missing")

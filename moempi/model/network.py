@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moempi.device.cpu import Cpu
+from moempi.errors import MoempiError
 from moempi.model.config import ModelConfig
 from moempi.model.expert import leaf_range
 from moempi.model.gate import Route, choose_experts
@@ -114,8 +115,14 @@ def product_shapes(config: ModelConfig, dtype: torch.dtype, leaves: int) -> list
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Best token [S] int64, lowest id among equals, and its log-probability [S] float32, of scores [S, vocab]."""
+    """Best token [S] int64, lowest id among equals, and its log-probability [S] float32, of scores [S, vocab].
+
+    Raises:
+        MoempiError: a score is not a number.
+    """
     best = logits.amax(-1, keepdim=True)
+    if not bool(torch.isfinite(best).all()):
+        raise MoempiError("the scores of the next token are not finite: the weights overflow in this dtype")
     ids = torch.arange(logits.shape[-1])
     tokens = torch.where(logits == best, ids, logits.shape[-1]).amin(-1)
     return tokens, torch.log_softmax(logits, dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)
