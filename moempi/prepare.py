@@ -50,8 +50,11 @@ class Found:
     sources: dict[str, str]  # {name: SHA-256}
 
 
-def look(job: Job, n_ranks: int) -> Found:
+def look(job: Job, n_ranks: int, *, verify: bool = False) -> Found:
     """Read and check what a job names, and decide its layout. No MPI.
+
+    Args:
+        verify: recompute the digests that the weights file states, which reads all of it.
 
     Raises:
         DataError, JobError, FitError: naming file, dataset or option, what was found and what was expected.
@@ -62,6 +65,8 @@ def look(job: Job, n_ranks: int) -> Found:
         config, stored = weights.config, weights.dtype
         eos_tokens = weights.eos_tokens if job.generate.stop_at_eos else ()
         model = weights.digest()
+        if verify:
+            weights.verify()
     if job.model.leaves > config.expert_hidden:
         raise JobError(f"model.leaves = {job.model.leaves}, but an expert's hidden size is {config.expert_hidden}")
     prompts = read_inputs(job.input.file)
@@ -87,7 +92,7 @@ def _measured_load(job: Job, config: ModelConfig) -> np.ndarray | None:
     return load[list(config.moe_layers)]
 
 
-def look_together(comm: MPI.Intracomm, job: Job) -> tuple[Shape, Found | None]:
+def look_together(comm: MPI.Intracomm, job: Job, *, verify: bool = False) -> tuple[Shape, Found | None]:
     """`look` on rank 0, its result or its error on all ranks. Collective.
 
     Raises:
@@ -96,7 +101,7 @@ def look_together(comm: MPI.Intracomm, job: Job) -> tuple[Shape, Found | None]:
     found, error = None, None
     if comm.rank == 0:
         try:
-            found = look(job, comm.size)
+            found = look(job, comm.size, verify=verify)
             check_tags(found.shape.layout, found.shape.config.n_layers, int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0))
         except MoempiError as caught:
             error = caught

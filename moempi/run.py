@@ -31,6 +31,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    verify: bool = False,
     drain: Drain | None = None,
     engine_type: type[Engine] = Engine,
 ) -> Outcome:
@@ -39,6 +40,7 @@ def run(
     Args:
         resume: go on with what an earlier run of the job has committed.
         overwrite: remove what an earlier run has written.
+        verify: recompute the digests of the weights first.
         drain: set by a signal; the job then commits what it has and ends.
         engine_type: for tests, which watch an engine or hold its messages back.
 
@@ -48,7 +50,7 @@ def run(
     drain = drain or Drain()
     with torch.inference_mode():
         topology = look_around(comm)
-        shape, found = look_together(comm, job)
+        shape, found = look_together(comm, job, verify=verify)
         device = choose_device(topology, job, shape)
         writer = open_output(comm, job, found, device, resume=resume, overwrite=overwrite)
         with writer or nullcontext():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +29,26 @@ def outputs() -> None:
 @outputs.command()
 @click.argument("file", type=_PATH)
 @click.option("-n", "first", type=click.IntRange(min=0), help=f"Only the first N sequences ({_SHOWN} without --json).")
+@click.option("--id", "ids", multiple=True, metavar="ID", help="Only the sequence of this id; may be given again.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per sequence and line.")
-def show(file: Path, first: int | None, as_json: bool) -> None:
+def show(file: Path, first: int | None, ids: tuple[str, ...], as_json: bool) -> None:
     """Show prompts with their completions, also of a run that is not finished yet.
 
-    Example: moempi outputs show outputs.h5 -n 3
+    Lines of a completion begin with `>`.
+
+    \b
+    moempi outputs show out/demo.h5 -n 3
+    moempi outputs show out/demo.h5 --id verse-04 --id code-03
     """
     from moempi.files.outputs import open_shard
 
     shard = open_shard(file, _decoder_of_unfinished(file))
+    n = len(shard.head.ids)
+    rows = [_row_of(shard, one) for one in ids] if ids else range(n if first is None else min(first, n))
     if as_json:
-        _print_json(shard, first)
+        _print_json(shard, rows)
     else:
-        _display(shard, _SHOWN if first is None else first)
+        _display(shard, rows if ids or first is not None else rows[:_SHOWN])
 
 
 @outputs.command()
@@ -68,26 +75,44 @@ def merge(out: Path, files: tuple[Path, ...], overwrite: bool, as_json: bool) ->
 # ---------------------------------------------------------------- sequence by sequence
 
 
-def _print_json(shard: Shard, first: int | None) -> None:
+def _row_of(shard: Shard, name: str) -> int:
+    from moempi.errors import JobError
+
+    ids = shard.head.ids
+    if name not in ids:
+        known = ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")
+        raise JobError(f"{shard.head.path}: no sequence has the id {name!r}; its {len(ids)} ids are {known or 'none'}")
+    return ids.index(name)
+
+
+def _read(shard: Shard, rows: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Sequences one by one; neighbours are read together."""
     from moempi.files.completions import ragged_ranges
 
-    for begin, end in ragged_ranges(shard.head.lengths[:first], _AT_A_TIME):
+    if not isinstance(rows, range):
+        for row in rows:
+            yield shard.read(row, row + 1).sequence(0)
+        return
+    for begin, end in ragged_ranges(shard.head.lengths[: len(rows)], _AT_A_TIME):
         block = shard.read(begin, end)
-        for row in range(len(block)):
-            click.echo(json.dumps(block.sequence(row), ensure_ascii=False))
+        yield from (block.sequence(row) for row in range(len(block)))
 
 
-def _display(shard: Shard, first: int) -> None:
+def _print_json(shard: Shard, rows: Sequence[int]) -> None:
+    for sequence in _read(shard, rows):
+        click.echo(json.dumps(sequence, ensure_ascii=False))
+
+
+def _display(shard: Shard, rows: Sequence[int]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
     head, n = shard.head, len(shard.head.ids)
     console.print(_title(head), style="bold", markup=False, soft_wrap=True)
-    block = shard.read(0, min(first, n))
-    for row in range(len(block)):
-        _display_sequence(console, block.sequence(row))
-    if first < n:
-        more = f"... and {n - first} more: -n {n} shows all, --json prints them"
+    for sequence in _read(shard, rows):
+        _display_sequence(console, sequence)
+    if len(rows) < n:
+        more = f"... and {n - len(rows)} more: -n {n} shows all, --json prints them"
         console.print(more, style="dim", markup=False, soft_wrap=True)
 
 
@@ -108,9 +133,16 @@ def _display_sequence(console: Console, sequence: dict[str, Any]) -> None:
     if sequence["completion"] is None:
         console.print(Text(f"tokens {sequence['tokens']}"))
         return
-    text = Text(printable(sequence["prompt"] or ""), style="dim")
-    text.append(printable(sequence["completion"]), style="not dim green")
-    console.print(text)
+    # Marked, because where there are no colours nobody could say where the prompt ends.
+    _display_lines(console, "  ", (sequence["prompt"] or "").removesuffix("\n"), "dim")
+    _display_lines(console, "> ", sequence["completion"].removeprefix("\n"), "green")
+
+
+def _display_lines(console: Console, mark: str, text: str, style: str) -> None:
+    from rich.text import Text
+
+    for line in Text(printable(text), style=style).wrap(console, max(8, console.width - len(mark))):
+        console.print(Text(mark).append_text(line))
 
 
 def printable(text: str) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override an option of the job.")
 @click.option("--resume", is_flag=True, help="Go on where a stopped run of the job ended.")
 @click.option("--overwrite", is_flag=True, help="Replace the output of an earlier run.")
+@click.option("--verify", is_flag=True, help="Recompute the digests of the weights before the run.")
 @click.option("--dry-run", is_flag=True, help="Print the effective job and what each rank will hold, then end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--mpirun", metavar="COMMAND", help="The mpirun that -n starts; by default the one beside this Python.")
@@ -32,6 +33,7 @@ def run(
     overrides: tuple[str, ...],
     resume: bool,
     overwrite: bool,
+    verify: bool,
     dry_run: bool,
     as_json: bool,
     mpirun: str | None,
@@ -51,11 +53,11 @@ def run(
     if ranks is not None and mpi.launched_size() > 1:
         raise JobError(f"-n {ranks} starts mpirun, but this is one of {mpi.launched_size()} ranks already: omit -n")
     if ranks is not None:
-        given = {"--resume": resume, "--overwrite": overwrite, "--json": as_json}
+        given = {"--resume": resume, "--overwrite": overwrite, "--verify": verify, "--json": as_json}
         flags = [flag for flag, on in given.items() if on]
         settings = [part for override in overrides for part in ("--set", override)]
         return _launch(["run", str(job), *settings, *flags], ranks, checked.run.grace, mpirun)
-    return _run_here(checked, resume=resume, overwrite=overwrite, as_json=as_json)
+    return _run_here(checked, as_json, resume=resume, overwrite=overwrite, verify=verify)
 
 
 def _launch(arguments: list[str], ranks: int, grace: float, mpirun: str | None) -> int:
@@ -64,7 +66,7 @@ def _launch(arguments: list[str], ranks: int, grace: float, mpirun: str | None) 
     return launch(this_program(*arguments), ranks, grace, mpirun)
 
 
-def _run_here(job: Job, *, resume: bool, overwrite: bool, as_json: bool) -> int:
+def _run_here(job: Job, as_json: bool, *, resume: bool, overwrite: bool, verify: bool) -> int:
     if mpi.launched_size() == 1:
         # No launcher stands between this process and the terminal: Ctrl-C drains too.
         mpi.signals.install(signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
@@ -72,7 +74,7 @@ def _run_here(job: Job, *, resume: bool, overwrite: bool, as_json: bool) -> int:
     _log_from(world.rank)
     from moempi.run import run as run_job
 
-    outcome = run_job(world, job, resume=resume, overwrite=overwrite, drain=mpi.signals)
+    outcome = run_job(world, job, resume=resume, overwrite=overwrite, verify=verify, drain=mpi.signals)
     if world.rank == 0:
         click.echo(json.dumps(outcome.as_dict()) if as_json else describe(outcome))
     return outcome.exit_code

@@ -11,6 +11,8 @@ import click
 if TYPE_CHECKING:
     from rich.table import Table
 
+TABLES = ("time", "load", "traffic")
+
 _PATH = click.Path(path_type=Path)
 _RANKS_IN_A_TABLE = 16  # of more ranks only the extremes are shown
 _LINKS_SHOWN = 10
@@ -23,11 +25,14 @@ def trace() -> None:
 
 @trace.command()
 @click.argument("file", type=_PATH)
+@click.option("--only", multiple=True, type=click.Choice(TABLES), help="Print this table; may be given again.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every rank and pair of ranks.")
-def summary(file: Path, as_json: bool) -> None:
-    """Tables of time per stage and rank, load per layer, and traffic between ranks.
+def summary(file: Path, only: tuple[str, ...], as_json: bool) -> None:
+    """Tables of time, load and traffic.
 
-    Example: moempi trace summary demo.trace.h5
+    Time per stage and rank, load per layer and expert, traffic between ranks.
+
+    Example: moempi trace summary out/demo.trace.h5 --only load
     """
     from moempi import analysis
 
@@ -35,16 +40,22 @@ def summary(file: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
     else:
-        _display(found)
+        _display(found, only or TABLES)
 
 
-def _display(found: dict[str, Any]) -> None:
+def _display(found: dict[str, Any], wanted: tuple[str, ...]) -> None:
     from rich.console import Console
+
+    from moempi.cli.load_table import load_table
 
     console = Console(highlight=False)
     console.print(_title(found), style="bold", markup=False, soft_wrap=True)
-    few = [_time_by_rank(found)] if found["ranks"] <= _RANKS_IN_A_TABLE else []
-    for table in (_time(found), *few, _load(found), _traffic(found)):
+    tables = {
+        "time": lambda: [_time(found), *_time_by_rank(found)],
+        "load": lambda: [load_table(found["load"], found["experts"])],
+        "traffic": lambda: [_traffic(found)],
+    }
+    for table in (table for name in TABLES if name in wanted for table in tables[name]()):
         console.print()
         console.print(table)
 
@@ -58,15 +69,9 @@ def _title(found: dict[str, Any]) -> str:
 
 
 def _table(title: str, *columns: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from moempi.cli.load_table import plain_table
 
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    # Sixteen ranks by ten stages fit a terminal of 80 characters.
-    table.show_edge, table.pad_edge, table.padding = False, False, (0, 0, 0, 1)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
+    return plain_table(title, *columns)
 
 
 def _time(found: dict[str, Any]) -> Table:
@@ -78,12 +83,14 @@ def _time(found: dict[str, Any]) -> Table:
     return table
 
 
-def _time_by_rank(found: dict[str, Any]) -> Table:
+def _time_by_rank(found: dict[str, Any]) -> list[Table]:
+    if found["ranks"] > _RANKS_IN_A_TABLE:
+        return []
     seconds = _seconds(found)
     table = _table("Time per rank and stage in s", "rank", *seconds)
     for rank in range(found["ranks"]):
         table.add_row(str(rank), *(f"{each[rank]:.2f}" for each in seconds.values()))
-    return table
+    return [table]
 
 
 def _seconds(found: dict[str, Any]) -> dict[str, list[float]]:
@@ -92,14 +99,6 @@ def _seconds(found: dict[str, Any]) -> dict[str, list[float]]:
     for row in found["time"]:
         seconds.setdefault(row["stage"], [0.0] * found["ranks"])[row["rank"]] = row["seconds"]
     return seconds
-
-
-def _load(found: dict[str, Any]) -> Table:
-    table = _table("Load per layer", "layer", "tokens x K", "busiest expert", "its share", "max/mean tokens per expert")
-    for row in found["load"]:
-        share, ratio = f"{row['busiest_expert_share']:.1%}", f"{row['max_over_mean']:.2f}"
-        table.add_row(str(row["layer"]), f"{row['tokens']:,}", str(row["busiest_expert"]), share, ratio)
-    return table
 
 
 def _traffic(found: dict[str, Any]) -> Table:

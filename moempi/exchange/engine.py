@@ -117,6 +117,7 @@ class Engine:
     def turn(self) -> None:
         """Look at the network, resume one task, serve one expert; rest if there was nothing to do."""
         moved = self.poll()
+        self._look_for_stall()
         if self._ready:
             # A task that only waits now lets the next one add its rows before the experts compute;
             # one that paused is in the middle of long work and gives way to them.
@@ -168,7 +169,6 @@ class Engine:
             self.answer(arrival)
 
     def _rest(self) -> None:
-        self._look_for_stall()
         self._empty_polls += 1
         if self._empty_polls <= EMPTY_POLLS:
             os.sched_yield()
@@ -180,7 +180,7 @@ class Engine:
         self.recorder.span(IDLE, -1, -1, -1, begin, time.perf_counter_ns(), 0, 0, -1)
 
     def _look_for_stall(self) -> None:
-        # The clock adds at most a second per look: a job that was suspended does not wake into a time-out.
+        # The clock adds at most a second per turn: a job that was suspended does not wake into a time-out.
         now = time.perf_counter()
         self._clock += min(1.0, now - self._looked)
         self._looked = now
