@@ -42,11 +42,10 @@ class AttentionPlan:
     write_pages: Tensor  # [T] page of each new position
     write_offsets: Tensor  # [T] place in the page
     rows: Tensor  # [A, TILE] query row in a tile: T-index * group + head; padding repeats row 0
-    row_positions: Tensor  # [A, TILE, 1] position of each query row; padding repeats the last
     places: Tensor  # [T * group] place of each query row among the A * TILE
     pages: Tensor  # [A, blocks] pages of a tile's sequence; padding 0
     active: tuple[int, ...]  # tiles that have a block j
-    masked: tuple[bool, ...]  # whether some row of them must not see all of block j
+    hidden: tuple[Tensor | None, ...]  # [active, 1, TILE, PAGE] what their rows must not see of block j; None: nothing
 
 
 def plan_attention(spans: Sequence[Span], group: int) -> AttentionPlan:
@@ -84,19 +83,24 @@ def plan_attention(spans: Sequence[Span], group: int) -> AttentionPlan:
     owner = np.concatenate(owners)
     write_pages = np.array([spans[s].pages[p // PAGE] for s, p in zip(owner, position, strict=True)], dtype=np.int64)
     active = tuple(sum(n > j for n in n_blocks) for j in range(n_blocks[0]))
-    lowest = row_positions.min(axis=1)
-    masked = tuple(bool((lowest[:n] < (j + 1) * PAGE - 1).any()) for j, n in enumerate(active))
     return AttentionPlan(
         positions=torch.from_numpy(position),
         write_pages=torch.from_numpy(write_pages),
         write_offsets=torch.from_numpy(position % PAGE),
         rows=torch.from_numpy(tile_rows),
-        row_positions=torch.from_numpy(row_positions).unsqueeze(-1),
         places=torch.from_numpy(places),
         pages=torch.from_numpy(pages),
         active=active,
-        masked=masked,
+        hidden=tuple(_hide_future(row_positions[:n], block) for block, n in enumerate(active)),
     )
+
+
+def _hide_future(row_positions: np.ndarray, block: int) -> Tensor | None:
+    """Mask of a block for tiles whose rows stand at positions [A, TILE]."""
+    if row_positions.min() >= (block + 1) * PAGE - 1:
+        return None
+    keys = np.arange(block * PAGE, (block + 1) * PAGE)
+    return torch.from_numpy(keys > row_positions[:, None, :, None])
 
 
 def attend_tiles(queries: Tensor, cache: KVCache, layer: int, plan: AttentionPlan, lo: int, hi: int) -> Tensor:
@@ -110,25 +114,26 @@ def attend_tiles(queries: Tensor, cache: KVCache, layer: int, plan: AttentionPla
     """
     n_kv_heads, head_dim = cache.keys.shape[2], queries.shape[-1]
     tiles = _tile_queries(queries, plan.rows[lo:hi], n_kv_heads)  # [A, kv, TILE, width]
-    row_positions = plan.row_positions[lo:hi].unsqueeze(1)  # [A, 1, TILE, 1]
-    output = torch.zeros_like(tiles)
-    total = tiles.new_zeros(*tiles.shape[:3], 1)
-    highest = tiles.new_full(total.shape, -torch.inf)
     for block, active in enumerate(plan.active):
         n = min(active, hi) - lo
         if n <= 0:
             break
-        pages = plan.pages[lo : lo + n, block]
+        pages, hidden = plan.pages[lo : lo + n, block], plan.hidden[block]
         scores = _products(tiles[:n], cache.keys[layer].index_select(0, pages).float())  # [n, kv, TILE, PAGE]
-        if plan.masked[block]:
-            key_positions = torch.arange(block * PAGE, (block + 1) * PAGE)
-            scores = scores.masked_fill(key_positions > row_positions[:n], -torch.inf)
-        peak = torch.maximum(highest[:n], scores.amax(-1, keepdim=True))
+        if hidden is not None:
+            scores = scores.masked_fill(hidden[lo : lo + n], -torch.inf)
+        peak = scores.amax(-1, keepdim=True)
+        values = cache.values[layer].index_select(0, pages).float()
+        if block == 0:
+            highest = peak
+            weights = torch.exp(scores - peak)
+            total, output = weights.sum(-1, keepdim=True), _products(weights, values)
+            continue
+        peak = torch.maximum(highest[:n], peak)
         scale = torch.exp(highest[:n] - peak)
         weights = torch.exp(scores - peak)
         total[:n] = total[:n] * scale + weights.sum(-1, keepdim=True)
-        mixed = _products(weights, cache.values[layer].index_select(0, pages).float())
-        output[:n] = output[:n] * scale + mixed
+        output[:n] = output[:n] * scale + _products(weights, values)
         highest[:n] = peak
     return (output / total)[..., :head_dim]
 

@@ -30,7 +30,8 @@ class Layer:
         self.number, self.config, self.dense = number, config, dense
         self.qkv = device.linear(torch.cat([read("q"), read("k"), read("v")]))
         self.output = device.linear(read("o"))
-        self.q_norm, self.k_norm = read("q_norm").float(), read("k_norm").float()
+        norms = [read("q_norm").expand(config.n_heads, -1), read("k_norm").expand(config.n_kv_heads, -1)]
+        self.head_norm = torch.cat(norms).float()  # [heads + kv_heads, head_dim]
         self.attention_norm, self.mlp_norm = read("attention_norm").float(), read("mlp_norm").float()
         self.dtype = self.output.dtype
         if dense:
@@ -42,10 +43,9 @@ class Layer:
         """x [R, D] -> queries [R, heads, head_dim] and keys, values [R, kv_heads, head_dim], float32."""
         c = self.config
         rows = self.qkv(self.normed(x, self.attention_norm)).float().view(len(x), -1, c.head_dim)
-        queries, keys, values = rows.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
-        queries = rotate(rms_norm(queries, self.q_norm, c.norm_eps), cos, sin)
-        keys = rotate(rms_norm(keys, self.k_norm, c.norm_eps), cos, sin)
-        return queries, keys, values
+        both, values = rows.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
+        both = rotate(rms_norm(both, self.head_norm, c.norm_eps), cos, sin)
+        return both[:, : c.n_heads], both[:, c.n_heads :], values
 
     def close_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Residual x [R, D] plus the output projection of mixed values [R, heads * head_dim] float32."""

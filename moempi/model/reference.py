@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from moempi.files.weights import Weights
+from moempi.model.config import ModelConfig
+
+
+class Weights(Protocol):
+    """An open weights file, as far as it is needed here."""
+
+    config: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of `shapes` by name ("embedding", "layers/3/q"), in its stored dtype."""
 
 
 @dataclass(frozen=True)
