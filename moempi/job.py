@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -21,22 +22,35 @@ _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, 
 
 
 def parse_bytes(value: Any) -> Any:
-    """Bytes of `"64 MiB"`, `"80 GB"` or a plain number; anything else is left for pydantic to refuse."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", value)
-        if match and match[2].lower() in _UNITS:
-            return int(float(match[1]) * _UNITS[match[2].lower()])
-    return value
+    """Bytes of `"64 MiB"` or `"80 GB"`; what is no text is left for pydantic to look at.
+
+    Raises:
+        ValueError: a text that is no size.
+    """
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", value)
+    if not match or match[2].lower() not in _UNITS:
+        raise ValueError('expected a number of bytes, or a size like "64 MiB"')
+    return int(float(match[1]) * _UNITS[match[2].lower()])
 
 
 def _power_of_two(value: int) -> int:
     if value & (value - 1):
-        raise ValueError("must be a power of two")
+        raise ValueError("expected a power of two")
+    return value
+
+
+def _file_name(value: Any) -> Any:
+    if not isinstance(value, str | Path) or value == "":
+        raise ValueError("expected the name of a file")
     return value
 
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# TOML has no paths: the one place where another type than the option's own is taken.
+FileName = Annotated[Path, BeforeValidator(_file_name), Field(strict=False)]
 
 
 def option(default: Any, text: str, unit: str = "", **checks: Any) -> Any:
@@ -47,11 +61,11 @@ def option(default: Any, text: str, unit: str = "", **checks: Any) -> Any:
 class Section(BaseModel):
     """One table of the job file; an unknown key in it is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelOptions(Section):
-    weights: Path = option(..., "weights file, made by `moempi weights import` or `init`")
+    weights: FileName = option(..., "weights file, made by `moempi weights import` or `init`")
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "type of weights and activations; auto takes the type that the weights are stored in"
     )
@@ -64,11 +78,11 @@ class ModelOptions(Section):
 
 
 class InputOptions(Section):
-    file: Path = option(..., "prompts, made by `moempi inputs make`")
+    file: FileName = option(..., "prompts, made by `moempi inputs make`")
 
 
 class OutputOptions(Section):
-    file: Path = option(..., "completions; must not exist unless --resume or --overwrite is given")
+    file: FileName = option(..., "completions; must not exist unless --resume or --overwrite is given")
     commit_every: Seconds = option(10.0, "longest time that a finished sequence stays uncommitted", "s")
 
 
@@ -91,12 +105,14 @@ class RunOptions(Section):
 
 class PlacementOptions(Section):
     strategy: Literal["linear", "balanced", "random", "file"] = option("linear", "how experts are placed on ranks")
-    file: Path | None = option(None, "placement file, for strategy = file")
-    load: Path | None = option(None, "trace whose measured load `balanced` packs by; without one, experts count alike")
+    file: FileName | None = option(None, "placement file, for strategy = file")
+    load: FileName | None = option(
+        None, "trace whose measured load `balanced` packs by; without one, experts count alike"
+    )
     seed: int = option(0, "seed of strategy = random", ge=0)
     strict: bool = option(False, "refuse more than one slot per rank and layer")
     replicas: Literal["auto"] | Annotated[int, Field(ge=0)] = option(
-        "auto", "extra slots per layer for copies of the busiest experts; auto fills ranks that would hold none"
+        "auto", "extra slots per layer for copies of the busiest experts; auto evens ranks out, as memory allows"
     )
 
 
@@ -130,7 +146,7 @@ class TraceOptions(Section):
     level: Literal["off", "summary", "full", "routes"] = option(
         "summary", "summary: counts and sums; full: and spans; routes: and every token's experts and weights"
     )
-    file: Path | None = option(None, "trace file; by default beside the output, ending in .trace.h5")
+    file: FileName | None = option(None, "trace file; by default beside the output, ending in .trace.h5")
     flush_every: Seconds = option(300.0, "longest time that a rank keeps its trace in memory", "s")
 
 
@@ -192,7 +208,9 @@ def job_from_table(table: dict[str, Any], path: Path) -> Job:
     except ValidationError as error:
         raise JobError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
     _check_together(job, path)
-    return _resolve_paths(job, path.resolve().parent)
+    job = _resolve_paths(job, path.resolve().parent)
+    _keep_apart(job, path)
+    return job
 
 
 def _apply(table: dict[str, Any], override: str) -> None:
@@ -201,9 +219,11 @@ def _apply(table: dict[str, Any], override: str) -> None:
     if not equals or not dot or not name or "." in name:
         raise JobError(f"--set {override}: expected section.key=value, for example --set run.capacity=16")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
+        read = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        read = {}
+    # A text of several lines may read as several options: it is a text.
+    value = read["value"] if list(read) == ["value"] else text.strip()
     held = table.setdefault(section, {})
     if not isinstance(held, dict):
         raise JobError(f"--set {override}: `{section}` is not a section")
@@ -211,21 +231,61 @@ def _apply(table: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: ValidationError) -> list[str]:
-    return [_explain_one(dict(item)) for item in error.errors()]
-
-
-def _explain_one(item: dict[str, Any]) -> str:
+    """One line per option, also where none of the types that it may have fits."""
     # A union's branches add their own names behind section and key: only the first two name the option.
-    where = [str(part) for part in item["loc"][:2]]
-    name = ".".join(where)
-    if item["type"] == "extra_forbidden":
-        known = known_options()
-        pool = sorted({key.split(".")[0] for key in known}) if len(where) == 1 else known
-        near = difflib.get_close_matches(name, pool, n=1, cutoff=0.4)
-        return f"unknown option `{name}`" + (f"; did you mean `{near[0]}`?" if near else "")
-    if item["type"] == "missing":
-        return f"`{name}` is missing; every job needs it"
-    return f"`{name}` = {item['input']!r}: {item['msg']}"
+    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for item in error.errors():
+        found.setdefault(tuple(map(str, item["loc"][:2])), []).append(dict(item))
+    return [_explain_one(where, items) for where, items in found.items()]
+
+
+def _explain_one(where: tuple[str, ...], items: list[dict[str, Any]]) -> str:
+    name, kind = ".".join(where), items[0]["type"]
+    if kind == "extra_forbidden":
+        return f"unknown {'section' if len(where) == 1 else 'option'} `{name}`{_nearest(where)}"
+    if kind == "missing":
+        needed = [name] if len(where) > 1 else [key for key in _required_options() if key.startswith(f"{name}.")]
+        return f"{' and '.join(f'`{key}`' for key in needed)} is missing; every job needs it"
+    if len(where) == 1:
+        return f"`{name}` = {items[0]['input']!r}: expected a section, [{name}]"
+    expected = " or ".join(dict.fromkeys(_expected(item["msg"]) for item in items))
+    return f"`{name}` = {items[0]['input']!r}: expected {expected}"
+
+
+_PLAIN = {
+    "a valid dictionary": "a section",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "a valid ": "a ",
+    "a integer": "a whole number",
+    "a string": "text",
+    "a boolean": "true or false",
+}
+
+
+def _expected(message: str) -> str:
+    """What pydantic's message asks for, in the words of the other errors."""
+    text = message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")
+    for theirs, ours in _PLAIN.items():
+        text = text.replace(theirs, ours)
+    return text
+
+
+def _nearest(where: tuple[str, ...]) -> str:
+    """A hint at the known option or section that `where` may have meant; empty where nothing is near."""
+    known = known_options()
+    pool = sorted({key.split(".")[0] for key in known}) if len(where) == 1 else known
+    near = difflib.get_close_matches(".".join(where), pool, n=1, cutoff=0.4)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def _required_options() -> list[str]:
+    return [
+        f"{section}.{key}"
+        for section, field in Job.model_fields.items()
+        for key, entry in field.annotation.model_fields.items()  # type: ignore[union-attr]
+        if entry.is_required()
+    ]
 
 
 def known_options() -> list[str]:
@@ -246,18 +306,35 @@ def _check_together(job: Job, path: Path) -> None:
         raise JobError(f"{path}: `placement.load` is given, but `placement.strategy` is {job.placement.strategy!r}")
 
 
+def _keep_apart(job: Job, path: Path) -> None:
+    """Refuse a job that would write over a file that it reads, or write two files under one name."""
+    read: dict[str, Path | None] = {
+        "model.weights": job.model.weights,
+        "input.file": job.input.file,
+        "placement.file": job.placement.file,
+        "placement.load": job.placement.load,
+    }
+    seen = {name: file for name, file in read.items() if file is not None}
+    for name, file in (("output.file", job.output.file), ("trace.file", job.trace_file)):
+        same = next((other for other, taken in seen.items() if taken == file), None)
+        if same is not None:
+            raise JobError(f"{path}: `{name}` and `{same}` are both {file}; give them different names")
+        seen[name] = file
+
+
 def _resolve_paths(job: Job, folder: Path) -> Job:
     changes: dict[str, Section] = {}
     for name in type(job).model_fields:
         section = getattr(job, name)
-        paths = {key: folder / value for key, value in section if isinstance(value, Path)}
+        # Tidied as text: the name that a message shows is the one that the user wrote, links not followed.
+        paths = {key: Path(os.path.normpath(folder / value)) for key, value in section if isinstance(value, Path)}
         if paths:
             changes[name] = section.model_copy(update=paths)
     return job.model_copy(update=changes)
 
 
 def describe_options() -> list[tuple[str, str, str, str]]:
-    """(name, default, unit, text) of every option, for `moempi run --help-job` and the documentation."""
+    """(name, default, unit, text) of every option, for the table in docs/jobs.md."""
     rows = []
     for section, field in Job.model_fields.items():
         model = field.annotation
@@ -270,3 +347,16 @@ def describe_options() -> list[tuple[str, str, str, str]]:
             shown = f"{default} of {', '.join(map(str, choices))}" if choices else default
             rows.append((f"{section}.{key}", shown, unit, entry.description or ""))
     return rows
+
+
+def to_toml(job: Job) -> str:
+    """The effective job as a job file: every option with its value; those without one are left out."""
+    lines = []
+    for section, options in job.model_dump(mode="json", exclude_none=True).items():
+        lines += [f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in options.items()), ""]
+    return "\n".join(lines)
+
+
+def _toml_value(value: str | bool | int | float) -> str:
+    # JSON's escapes are TOML's too, but for the one control character that JSON leaves as it is.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

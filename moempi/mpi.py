@@ -143,6 +143,13 @@ def meet(comm: MPI.Intracomm) -> None:
         pause = min(2 * pause, 5e-3)
 
 
+def largest_tag() -> int:
+    """MPI.TAG_UB. The library tells it of the world only, not of communicators made from it."""
+    from mpi4py import MPI
+
+    return int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0)
+
+
 # --- ends ------------------------------------------------------------------------------------------------------------
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from mpi4py import MPI
 
 from moempi import analysis, mpi
 from moempi.device.cpu import Cpu
 from moempi.errors import DataError, JobError, MoempiError
-from moempi.exchange.topology import Topology
 from moempi.files.inputs import Prompts, check_prompts, read_inputs
 from moempi.files.output_writer import OutputWriter
 from moempi.files.schema import environment, file_digest
@@ -21,6 +20,11 @@ from moempi.layout import Layout, check_tags, lay_out
 from moempi.model.config import ModelConfig
 from moempi.model.network import product_shapes
 from moempi.router.messages import Assignment
+
+if TYPE_CHECKING:  # `look` runs where there is no MPI, and must not start one
+    from mpi4py import MPI
+
+    from moempi.exchange.topology import Topology
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -102,7 +106,7 @@ def look_together(comm: MPI.Intracomm, job: Job, *, verify: bool = False) -> tup
     if comm.rank == 0:
         try:
             found = look(job, comm.size, verify=verify)
-            check_tags(found.shape.layout, found.shape.config.n_layers, int(MPI.COMM_WORLD.Get_attr(MPI.TAG_UB) or 0))
+            check_tags(found.shape.layout, found.shape.config.n_layers, mpi.largest_tag())
         except MoempiError as caught:
             error = caught
     mpi.agree(comm, error)
@@ -113,7 +117,7 @@ def choose_device(topology: Topology, job: Job, shape: Shape) -> Cpu:
     """This rank's device, its products self-tested; all ranks take the same kind of product. Collective."""
     device = Cpu(topology.threads if job.run.threads == "auto" else job.run.threads)
     device.choose_products(product_shapes(shape.config, shape.dtype, job.model.leaves))
-    if not topology.world.allreduce(device.packed, op=MPI.LAND):
+    if not all(topology.world.allgather(device.packed)):
         device.fall_back()
     return device
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from mpi4py import MPI
+from typing import TYPE_CHECKING, Any
 
 from moempi.build import Rank
 from moempi.errors import EXIT_DONE
@@ -17,6 +15,9 @@ from moempi.mpi import meet
 from moempi.prepare import Found
 from moempi.router.router import Router
 from moempi.tracing import Tracer
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 @dataclass(frozen=True)

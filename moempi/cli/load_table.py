@@ -31,6 +31,7 @@ def load_table(rows: list[dict[str, Any]], n_experts: int) -> Table:
     few = n_experts <= MOST_COLUMNS
     experts = [str(expert) for expert in range(n_experts)] if few else [_bar_heading(n_experts)]
     table = plain_table(_title(rows, n_experts), "layer", *experts, "busiest", "share", "max/mean")
+    table.padding = 0
     for row in rows:
         load = row["tokens_per_expert"]
         shown = percents(load) if few else [Text(bar(load))]
@@ -42,7 +43,8 @@ def load_table(rows: list[dict[str, Any]], n_experts: int) -> Table:
 def _title(rows: list[dict[str, Any]], n_experts: int) -> str:
     tokens = sorted({row["tokens"] for row in rows}) or [0]
     total = " to ".join(f"{count:,}" for count in (tokens if len(tokens) == 1 else (tokens[0], tokens[-1])))
-    return f"Load per expert in % of a layer's {total} tokens x K (even: {100 / max(1, n_experts):.1f})"
+    even = f"; even would be {100 / n_experts:.1f}" if n_experts else ""
+    return f"Load per expert in % of {total} tokens x K{even}"
 
 
 def _bar_heading(n_experts: int) -> str:

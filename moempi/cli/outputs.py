@@ -48,7 +48,7 @@ def show(file: Path, first: int | None, ids: tuple[str, ...], as_json: bool) -> 
     if as_json:
         _print_json(shard, rows)
     else:
-        _display(shard, rows if ids or first is not None else rows[:_SHOWN])
+        _display(shard, rows if ids or first is not None else rows[:_SHOWN], say_more=not ids)
 
 
 @outputs.command()
@@ -103,7 +103,7 @@ def _print_json(shard: Shard, rows: Sequence[int]) -> None:
         click.echo(json.dumps(sequence, ensure_ascii=False))
 
 
-def _display(shard: Shard, rows: Sequence[int]) -> None:
+def _display(shard: Shard, rows: Sequence[int], *, say_more: bool) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -111,7 +111,7 @@ def _display(shard: Shard, rows: Sequence[int]) -> None:
     console.print(_title(head), style="bold", markup=False, soft_wrap=True)
     for sequence in _read(shard, rows):
         _display_sequence(console, sequence)
-    if len(rows) < n:
+    if say_more and len(rows) < n:
         more = f"... and {n - len(rows)} more: -n {n} shows all, --json prints them"
         console.print(more, style="dim", markup=False, soft_wrap=True)
 

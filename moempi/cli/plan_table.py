@@ -4,26 +4,28 @@ from __future__ import annotations
 
 from itertools import groupby
 
-from rich.console import Console
-from rich.table import Table
-
 from moempi.layout import Layout
 from moempi.planning.memory import RankMemory, show_bytes
 
-COLUMNS = ("ranks", "slots", "shared weights", "experts", "KV cache", "messages", "activations", "total")
+COLUMNS = ("ranks", "slots", "shared", "experts", "KV cache", "messages", "steps", "total")
 
 
-def show_memory(layout: Layout) -> None:
-    """Print the memory plan of a layout."""
-    table = Table(title=f"memory per rank, {layout.dtype}, {layout.n_microbatches} microbatches", title_justify="left")
-    for name in COLUMNS:
-        table.add_column(name, justify="right")
+def memory_table(layout: Layout) -> list[str]:
+    """The memory plan of a layout, as lines of at most 80 characters.
+
+    slots: of all layers; shared: weights that every rank holds; messages: arrivals, their answers, and rows on the
+    way; steps: activations, at most.
+    """
+    rows: list[tuple[str, ...]] = [COLUMNS]
     for _, alike in groupby(layout.memory, key=_parts):
         same = list(alike)
         ranks = str(same[0].rank) if len(same) == 1 else f"{same[0].rank}-{same[-1].rank}"
         sizes = [show_bytes(size) for size in (*_parts(same[0])[1:], same[0].total)]
-        table.add_row(ranks, str(same[0].slots), *sizes)
-    Console().print(table)
+        rows.append((ranks, str(same[0].slots), *sizes))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    count = "1 microbatch" if layout.n_microbatches == 1 else f"{layout.n_microbatches} microbatches"
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return [f"Memory per rank on {layout.n_ranks} ranks, {layout.dtype}, {count}:", *lines]
 
 
 def _parts(plan: RankMemory) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import click
 
 from moempi import mpi
 from moempi.errors import EXIT_DONE, JobError
-from moempi.job import Job, load_job
+from moempi.job import Job, load_job, to_toml
 
 if TYPE_CHECKING:
     from moempi.report import Outcome
@@ -47,6 +48,8 @@ def run(
     mpirun -n 16 moempi run jobs/demo.toml
     moempi run jobs/demo.toml --dry-run -n 64 --set model.dtype=bfloat16
     """
+    if resume and overwrite:
+        raise JobError("--resume and --overwrite exclude each other: one keeps the earlier output, one removes it")
     checked = load_job(job, list(overrides))
     if dry_run:
         return _dry_run(checked, ranks or mpi.launched_size(), as_json)
@@ -97,18 +100,24 @@ def describe(outcome: Outcome) -> str:
         f"({outcome.mode} mode, {outcome.ranks} ranks)",
     ]
     if outcome.exit_code == EXIT_DONE:
-        lines.append(f"output: {outcome.output}")
+        lines.append(f"output: {_nearby(outcome.output)}")
     else:
         lines.append(f"stopped early and committed; go on with --resume (exit code {outcome.exit_code})")
     if outcome.trace is not None:
-        lines.append(f"trace:  {outcome.trace}")
+        lines.append(f"trace:  {_nearby(outcome.trace)}")
     return "\n".join(lines)
+
+
+def _nearby(path: Path | None) -> str:
+    """A path as one would type it here, where it lies below the current folder."""
+    near = os.path.relpath(path or "")
+    return str(path) if near.startswith(os.pardir) else near
 
 
 def _dry_run(job: Job, n_ranks: int, as_json: bool) -> int:
     from dataclasses import asdict
 
-    from moempi.cli.plan_table import show_memory
+    from moempi.cli.plan_table import memory_table
     from moempi.prepare import look
 
     layout = look(job, n_ranks).shape.layout
@@ -116,6 +125,6 @@ def _dry_run(job: Job, n_ranks: int, as_json: bool) -> int:
         ranks = [asdict(plan) | {"total": plan.total} for plan in layout.memory]
         click.echo(json.dumps({"job": job.model_dump(mode="json"), "dtype": layout.dtype, "ranks": ranks}))
     else:
-        click.echo(job.to_json())
-        show_memory(layout)
+        # The table stands in comments, so that what is printed is a job file as a whole.
+        click.echo("\n".join([to_toml(job), *(f"# {line}" for line in memory_table(layout))]))
     return EXIT_DONE

@@ -135,7 +135,7 @@ def test_a_microbatch_overtakes_one_whose_answer_is_withheld(group: MPI.Intracom
     held: list[Arrival] = []
 
     class Withholding(Engine):
-        """Rank 0 keeps its first answer to rank 1's microbatch 0 until it has answered microbatch 1, three layers on."""
+        """Rank 0 keeps its first answer to rank 1's microbatch 0 until microbatch 1 is three layers further."""
 
         def answer(self, arrival: Arrival) -> None:
             where = (arrival.source, arrival.microbatch, arrival.layer)

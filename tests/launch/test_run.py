@@ -1,0 +1,296 @@
+"""Real jobs under a real mpirun: how they end, what they leave behind, and that they go on from there.
+
+All runs are of inputs/tinymoe.h5 on seeded prompts of very different lengths; what comes out in the end is compared,
+bit for bit, with one run on one rank that nothing disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import Ended, Running, alive, mpirun_line, program, run
+
+from moempi.files.completions import FINISH_REASONS
+from moempi.files.inputs import Prompts, write_inputs
+from moempi.files.outputs import read_outputs
+from moempi.launch import session_members
+
+SEED = int(os.environ.get("MOEMPI_TEST_SEED", random.SystemRandom().randrange(10**6)))
+SEQUENCES = 40
+TINYMOE = Path(__file__).parents[2] / "inputs" / "tinymoe.h5"
+# The promise; and what a machine may add on which other programs run.
+PROMISE, SLACK = 5.0, 10.0
+
+Tokens = dict[str, tuple[bytes, bytes, str]]  # (tokens, logprobs, finish reason) of each sequence
+
+
+def write_job(folder: Path, **changes: str) -> Path:
+    """Prompts and a job file; commits come several times a second."""
+    chance = np.random.default_rng(20)
+    tokens = [chance.integers(5, 500, n, dtype=np.int32) for n in chance.integers(1, 40, SEQUENCES)]
+    new = chance.integers(4, 120, SEQUENCES, dtype=np.int32)
+    write_inputs(folder / "prompts.h5", Prompts([f"p{i}" for i in range(SEQUENCES)], tokens, None, new), {})
+    options = {"stall_timeout": "60.0", "microbatches": "1", **changes}
+    (folder / "job.toml").write_text(
+        f"""
+        model.weights = "{TINYMOE}"
+        input.file = "prompts.h5"
+        output = {{ file = "out.h5", commit_every = 0.2 }}
+        generate.stop_at_eos = false
+        run = {{ capacity = 3, threads = 1, microbatches = {options["microbatches"]} }}
+        engine.stall_timeout = {options["stall_timeout"]}
+        """
+    )
+    return folder / "job.toml"
+
+
+def moempi(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "moempi", *map(str, arguments)]
+
+
+def finished(path: Path) -> Tokens:
+    """Every finished sequence of an output or of its commits."""
+    out = read_outputs(path)
+    reasons = [FINISH_REASONS[reason] for reason in out.finish_reason]
+    return {
+        out.ids[row]: (out.tokens[begin:end].tobytes(), out.logprobs[begin:end].tobytes(), reason)
+        for row, (begin, end, reason) in enumerate(zip(out.offsets[:-1], out.offsets[1:], reasons, strict=True))
+        if reason != "partial"
+    }
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
+    """What the job comes to on one rank, without mpirun."""
+    print(f"seed {SEED} (MOEMPI_TEST_SEED)")
+    job = write_job(tmp_path_factory.mktemp("undisturbed"))
+    ended = run(moempi("run", job, "--set", "run.capacity=40"), timeout=120)
+    assert ended.code == 0, ended.err
+    table = finished(job.parent / "out.h5")
+    assert len(table) == SEQUENCES
+    return table
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    return write_job(tmp_path)
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {timeout} s"
+        time.sleep(0.02)
+
+
+def commits(job: Path) -> int:
+    return len(list((job.parent / "out.h5.parts").glob("part-*.h5")))
+
+
+def wait_for_commit(running: Running, job: Path, more_than: int = 0) -> None:
+    def there() -> bool:
+        assert running.process.poll() is None, f"ended:\n{running.out}\n{running.err}"
+        return commits(job) > more_than
+
+    wait_until(there, "a commit")
+
+
+def causes(text: str) -> list[str]:
+    return [line for line in text.splitlines() if "moempi: error:" in line]
+
+
+def rank_pids(session: int) -> dict[int, int]:
+    """Process id of every rank in a session."""
+    pids = {}
+    for pid in session_members(session):
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+        found = re.search(rb"(?:^|\0)OMPI_COMM_WORLD_RANK=(\d+)", environ)
+        if found:
+            pids[int(found[1])] = pid
+    return pids
+
+
+def mpirun_of(running: Running) -> int:
+    """Process id, which is the session too, of the mpirun that `moempi run -n` started."""
+    pid = running.process.pid
+    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+
+
+# ---------------------------------------------------------------- exit codes
+
+
+def test_a_whole_run_then_an_existing_output_then_nothing_left_to_do(job: Path, undisturbed: Tokens) -> None:
+    done = run(moempi("run", job, "-n", "4", "--json"), timeout=120)
+    assert done.code == 0, done.err
+    outcome = json.loads(done.out)
+    assert outcome["ranks"] == 4 and outcome["finished"] == SEQUENCES and outcome["mode"] == "exact"
+    assert finished(job.parent / "out.h5") == undisturbed
+    assert sorted(p.name for p in job.parent.iterdir()) == ["job.toml", "out.h5", "out.trace.h5", "prompts.h5"]
+
+    again = run(moempi("run", job, "-n", "2"), timeout=60)
+    assert again.code == 2 and "exists already" in again.err and "--overwrite" in again.err
+    rest = run(moempi("run", job, "--resume"), timeout=60)
+    assert rest.code == 0 and "nothing to do" in rest.out, rest.err
+
+
+@pytest.mark.parametrize(
+    ("code", "override", "said"),
+    [
+        (2, "run.capcity=3", "did you mean `run.capacity`?"),
+        (3, "model.weights=no.h5", "no.h5: there is no such file"),
+        (4, "memory.limit=1 MiB", "memory.limit"),
+    ],
+)
+def test_a_job_that_cannot_run_is_one_message(job: Path, code: int, override: str, said: str) -> None:
+    """Under mpirun, where every rank finds the error."""
+    ended = run(mpirun_line(3, moempi("run", job, "--set", override)), timeout=60)
+    assert ended.code == code, ended.err
+    assert len(causes(ended.err)) == 1 and said in ended.err, ended.err
+    assert "Traceback" not in ended.err
+    assert not (job.parent / "out.h5.parts").exists() and not (job.parent / "out.h5.lock").exists()
+
+
+# ---------------------------------------------------------------- told to stop, then going on
+
+
+def test_interrupted_then_terminated_then_finished_on_four_three_and_two_ranks(
+    job: Path, undisturbed: Tokens
+) -> None:
+    with Running(moempi("run", job, "-n", "4")) as running:
+        wait_for_commit(running, job)
+        running.signal(signal.SIGINT)
+        interrupted = running.wait()
+    check_drained(interrupted, 130, job, undisturbed)
+
+    with Running(moempi("run", job, "-n", "3", "--resume")) as running:
+        wait_for_commit(running, job, more_than=commits(job))
+        running.signal(signal.SIGTERM)
+        terminated = running.wait()
+    check_drained(terminated, 75, job, undisturbed)
+
+    # Sequences that were half generated go on from where they stood.
+    begun = len(read_outputs(job.parent / "out.h5"))
+    assert begun > len(finished(job.parent / "out.h5")), "no sequence was under way"
+    ended = run(moempi("run", job, "-n", "2", "--resume"), timeout=120)
+    assert ended.code == 0, ended.err
+    assert finished(job.parent / "out.h5") == undisturbed
+
+
+def check_drained(ended: Ended, code: int, job: Path, undisturbed: Tokens) -> None:
+    assert ended.code == code, ended.err
+    assert "stopped early and committed; go on with --resume" in ended.out
+    assert not causes(ended.err) and "Traceback" not in ended.err, ended.err
+    kept = finished(job.parent / "out.h5")
+    assert 0 < len(kept) < SEQUENCES
+    assert all(undisturbed[name] == values for name, values in kept.items())
+    assert not (job.parent / "out.h5.lock").exists()
+
+
+def test_a_run_that_is_not_to_be_resumed_or_overwritten_is_refused(job: Path) -> None:
+    with Running(moempi("run", job)) as running:
+        wait_for_commit(running, job)
+        running.signal(signal.SIGTERM)
+        assert running.wait().code == 75
+    refused = run(moempi("run", job))
+    assert refused.code == 2 and "--resume" in refused.err and "--overwrite" in refused.err
+    other = run(moempi("run", job, "--resume", "--set", "generate.stop_at_eos=true"))
+    assert other.code == 2, other.err
+    assert re.search(r"generate\.stop_at_eos: was 'False', is now 'True'", other.err)
+
+
+# ---------------------------------------------------------------- killed
+
+
+def test_after_kill_9_of_mpirun_all_commits_are_readable_and_the_run_goes_on(job: Path, undisturbed: Tokens) -> None:
+    chance = random.Random(SEED)
+    print(f"seed {SEED} (MOEMPI_TEST_SEED)")
+    kept: Tokens = {}
+    for ranks in (3, 2, 3):
+        with Running(mpirun_line(ranks, moempi("run", job, "--resume"))) as running:
+            wait_for_commit(running, job, more_than=commits(job))
+            time.sleep(chance.uniform(0, 0.3))
+            members = session_members(running.process.pid)
+            running.signal(signal.SIGKILL)
+            assert running.wait().code == -signal.SIGKILL
+            wait_until(lambda: not alive(members), "the end of all ranks", 20)  # noqa: B023
+        now = finished(job.parent / "out.h5")
+        assert kept.items() <= now.items(), "a committed sequence is lost or another one"
+        assert all(undisturbed[name] == values for name, values in now.items())
+        kept = now
+    assert kept
+    ended = run(moempi("run", job, "-n", "2", "--resume"), timeout=120)
+    assert ended.code == 0, ended.err
+    assert finished(job.parent / "out.h5") == undisturbed
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_rank_ends_the_job_and_commits_stay(job: Path, undisturbed: Tokens, victim: int) -> None:
+    with Running(moempi("run", job, "-n", "3")) as running:
+        wait_for_commit(running, job)
+        pids = rank_pids(mpirun_of(running))
+        os.kill(pids[victim], signal.SIGKILL)
+        begin = time.monotonic()
+        ended = running.wait()
+        assert time.monotonic() - begin < PROMISE + SLACK
+        assert ended.code == 137, ended.err
+        wait_until(lambda: not alive(list(pids.values())), "the end of all ranks", 10)
+    kept = finished(job.parent / "out.h5")
+    assert kept and all(undisturbed[name] == values for name, values in kept.items())
+
+
+# ---------------------------------------------------------------- one rank fails, or answers no more
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_an_exception_on_a_rank_ends_all_with_its_cause_on_top(job: Path, rank: int) -> None:
+    with Running(mpirun_line(4, program("hinders", str(job), "raises", str(rank)))) as running:
+        failed = float(running.wait_for(r"failing at ([\d.]+);")[0])
+        ended = running.wait()
+        assert time.monotonic() - failed < PROMISE + SLACK
+    assert ended.code == 1, ended.err
+    assert len(causes(ended.err)) == 1, ended.err
+    first = ended.err.lstrip().splitlines()[0]
+    assert first.startswith(f"moempi: error: rank {rank} (")
+    assert first.endswith("ZeroDivisionError: the expert divides by zero")
+    assert ended.err.count("Traceback") == 1
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_lost_answer_is_a_stall_that_says_who_waits_for_whom(tmp_path: Path, microbatches: int) -> None:
+    """With two microbatches the rank that waits has other work to do all the time."""
+    job = write_job(tmp_path, stall_timeout="3.0", microbatches=str(microbatches))
+    with Running(mpirun_line(2, program("hinders", str(job), "drops", "0"))) as running:
+        layer, begin = running.wait_for(r"dropped layer (\d+) at ([\d.]+);")[0]
+        ended = running.wait()
+        assert time.monotonic() - float(begin) < 3.0 + PROMISE + SLACK
+    assert ended.code == 76, ended.err
+    assert len(causes(ended.err)) == 1 and "Traceback" not in ended.err, ended.err
+    assert f"layer {layer}, microbatch 0: no answer from rank 0 to " in causes(ended.err)[0]
+    assert "engine.stall_timeout = 3 s" in causes(ended.err)[0]
+
+
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_stopped_rank_is_a_stall(tmp_path: Path, victim: int) -> None:
+    job = write_job(tmp_path, stall_timeout="5.0")
+    with Running(moempi("run", job, "-n", "4")) as running:
+        wait_for_commit(running, job)
+        pids = rank_pids(mpirun_of(running))
+        os.kill(pids[victim], signal.SIGSTOP)
+        begin = time.monotonic()
+        ended = running.wait()
+        assert time.monotonic() - begin < 5.0 + PROMISE + SLACK
+        wait_until(lambda: not alive(list(pids.values())), "the end of all ranks", 10)
+    assert ended.code == 76, ended.err
+    assert len(causes(ended.err)) == 1, ended.err
+    assert f"no answer from rank {victim} to " in causes(ended.err)[0]
+    assert finished(job.parent / "out.h5")
