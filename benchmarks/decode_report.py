@@ -44,10 +44,11 @@ def about(results: dict[str, Any]) -> str:
         [
             f"`{results['command']}`, {m['date']}: medians of {rounds} rounds; {state}.",
             "",
-            f"- {m['cpu']}, {m['cores_used']} of {m['cores']} cores ({m['processor_capability']}); Python {m['python']}, "
+            f"- {m['cpu']}, {m['cores_used']} of {m['cores']} cores ({m['processor_capability']}); "
+            f"Python {m['python']}, "
             f"torch {m['torch']}, transformers {m['transformers']}, Open MPI {m['openmpi'] or 'of the site'}",
-            f"- {results['prompts']} prompts of {results['prompt_tokens']} tokens together x {results['new_tokens']} new "
-            f"tokens, greedy; moempi in {results['mode']} mode",
+            f"- {results['prompts']} prompts of {results['prompt_tokens']} tokens together x {results['new_tokens']} "
+            f"new tokens, greedy; moempi in {results['mode']} mode",
             f"- transformers: one batch, left padded, {m['cores_used']} threads, warmed up; tokens/s of its "
             f"implementations of the experts: {tried(results)}",
         ]

@@ -41,6 +41,7 @@ class Router:
         self.total = len(assignments)
         self._assignments = dict(assignments)
         self._work = {row: a.n_prompt + a.max_new_tokens for row, a in assignments.items()}
+        self._known = {row: len(a.logprobs) for row, a in assignments.items()}  # tokens that were counted already
         self._queue: deque[int] = deque()
         self._drained: set[int] = set()
         self._keep, self._commit = keep, commit
@@ -82,9 +83,9 @@ class Router:
     def _take_in(self, completions: list[Completion]) -> Outgoing:
         for completion in completions:
             self._keep(completion)
-            if completion.finish_reason != "partial":
-                self.finished += 1
-                self.new_tokens += len(completion.tokens)
+            self.finished += completion.finish_reason != "partial"
+            self.new_tokens += len(completion.tokens) - self._known[completion.index]
+            self._known[completion.index] = len(completion.tokens)
         return self._end() if self.finished == self.total and not self.draining else []
 
     def _drain(self) -> Outgoing:
