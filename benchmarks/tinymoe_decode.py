@@ -14,6 +14,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -71,7 +72,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
         with tempfile.TemporaryDirectory(prefix="moempi-bench-") as folder:
             setting = Setting(Path(folder), given.prompts, given.new_tokens, len(os.sched_getaffinity(0)))
-            results = measure(setting, given.ranks, given.runs)
+            results = {"command": command_of(given), **measure(setting, given.ranks, given.runs)}
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(results, indent=1) + "\n")
     print(render(results))
@@ -92,10 +93,18 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def command_of(given: argparse.Namespace) -> str:
+    """The command that measures the same again."""
+    ranks = " ".join(map(str, given.ranks))
+    return (
+        f"python benchmarks/tinymoe_decode.py --runs {given.runs} --ranks {ranks} --prompts {given.prompts} "
+        f"--new-tokens {given.new_tokens} --cores {given.cores}"
+    )
+
+
 def measure(setting: Setting, ranks: list[int], rounds: int) -> dict[str, Any]:
     """All figures, JSON-ready."""
     results: dict[str, Any] = {
-        "command": f"python benchmarks/tinymoe_decode.py --runs {rounds} --ranks {' '.join(map(str, ranks))}",
         "machine": machine(setting.cores),
         "prompts": setting.prompts,
         "prompt_tokens": write_files(setting),
@@ -111,7 +120,6 @@ def measure(setting: Setting, ranks: list[int], rounds: int) -> dict[str, Any]:
             found = {"round": r, **asdict(system), **measure_one(setting, system)}
             say(f"round {r + 1} of {rounds}: {name_of(system)}: {found['tokens_per_second']:.0f} tokens/s")
             results["runs"].append(found)
-    results["machine"]["load_average_after"] = os.getloadavg()[0]
     return results
 
 
@@ -164,7 +172,7 @@ def run_transformers(setting: Setting, system: System) -> dict[str, Any]:
     ]
     options = {"dtype": system.dtype, "experts": system.experts, "new-tokens": setting.new_tokens}
     found = run(line + [f"--{name}={value}" for name, value in options.items()] + [f"--threads={setting.cores}"])
-    return found | {"start_seconds": found["wall_seconds"] - found["seconds"]}
+    return found | {"start_seconds": found["wall_seconds"] - found["warm_up_seconds"] - found["seconds"]}
 
 
 def run_moempi(setting: Setting, system: System) -> dict[str, Any]:
@@ -190,7 +198,8 @@ def run_moempi(setting: Setting, system: System) -> dict[str, Any]:
         raise SystemExit(f"{found['new_tokens']} new tokens from {name_of(system)}")
     trace = analysis.load(found["trace"])
     seconds, layers = analysis.time_per_stage(trace).sum(axis=0), int((trace.load.sum(axis=1) > 0).sum())
-    keep = ("seconds", "new_tokens", "tokens_per_second", "mode", "steps", "expert_calls", "expert_rows")
+    keep = ("seconds", "wall_seconds", "other_cores", "new_tokens", "tokens_per_second", "mode")
+    keep += ("steps", "expert_calls", "expert_rows")
     return {
         **{key: found[key] for key in keep},
         "start_seconds": found["wall_seconds"] - found["seconds"],
@@ -201,15 +210,25 @@ def run_moempi(setting: Setting, system: System) -> dict[str, Any]:
 
 
 def run(line: list[str]) -> dict[str, Any]:
-    """The JSON object that a program prints last, and the seconds that it took from start to end."""
+    """The JSON object that a program prints last, its seconds from start to end, and what others took meanwhile."""
     env = {name: value for name, value in os.environ.items() if name not in _THREAD_SETTINGS}
-    begin = time.perf_counter()
+    begin, others = time.perf_counter(), others_seconds()
     done = subprocess.run(line, env=env, capture_output=True, text=True, timeout=TIME_LIMIT)
     wall = time.perf_counter() - begin
     if done.returncode:
         raise subprocess.CalledProcessError(done.returncode, line, done.stdout, done.stderr)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found | {"wall_seconds": wall}
+    return found | {"wall_seconds": wall, "other_cores": (others_seconds() - others) / wall}
+
+
+def others_seconds() -> float:
+    """Processor seconds, since the machine started, of all that is not a child of this process (Linux; else 0)."""
+    if not Path("/proc/stat").exists():
+        return 0.0
+    user, nice, system, _idle, _wait, interrupts, soft, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    busy = (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
+    return busy - used.ru_utime - used.ru_stime
 
 
 # ---------------------------------------------------------------- what is told besides
@@ -224,7 +243,6 @@ def machine(cores: int) -> dict[str, Any]:
         "cpu": models[0] if models else "unknown",
         "cores_used": cores,
         "cores": os.cpu_count(),
-        "load_average_before": os.getloadavg()[0],
         "date": time.strftime("%Y-%m-%d"),
         **environment(),
         **{name: version_of(name) for name in names},
@@ -241,7 +259,9 @@ def version_of(package: str) -> str:
 
 def name_of(system: System) -> str:
     """For messages."""
-    who = f"moempi, {system.ranks} ranks" if system.ranks else f"transformers, {system.experts}"
+    who = (
+        f"moempi, {system.ranks} rank{'s' * (system.ranks > 1)}" if system.ranks else f"transformers, {system.experts}"
+    )
     return f"{who}, {system.dtype}"
 
 

@@ -41,6 +41,7 @@ def main() -> None:
                 "new_tokens": new_tokens,
                 "tokens_per_second": new_tokens / seconds,
                 "load_seconds": loaded - begin,
+                "warm_up_seconds": ready - loaded,
                 "padded_tokens": tokens.numel(),
             }
         )

@@ -121,6 +121,8 @@ def _dry_run(job: Job, n_ranks: int, as_json: bool) -> int:
     from moempi.prepare import look
 
     layout = look(job, n_ranks).shape.layout
+    if mpi.launched_rank() != 0:
+        return EXIT_DONE
     if as_json:
         ranks = [asdict(plan) | {"total": plan.total} for plan in layout.memory]
         click.echo(json.dumps({"job": job.model_dump(mode="json"), "dtype": layout.dtype, "ranks": ranks}))

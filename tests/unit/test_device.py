@@ -1,0 +1,78 @@
+"""Products on the CPU: a row's bits are its own, and what happens where they are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moempi.device import cpu
+from moempi.device.cpu import Cpu, Linear, padded_rows, row_is_independent
+from moempi.errors import MoempiError
+
+SHAPES = [(5, 7), (16, 128), (1, 1), (33, 17), (128, 64)]  # outputs, inputs
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    row_is_independent.cache_clear()
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("outputs,inputs", SHAPES)
+def test_products_of_a_row_see_only_that_row(outputs: int, inputs: int, dtype: torch.dtype, packed: bool) -> None:
+    random = torch.Generator().manual_seed(outputs)
+    weight = torch.randn(outputs, inputs, generator=random).to(dtype)
+    product, row = Linear(weight, packed=packed), torch.randn(inputs, generator=random).to(dtype)
+    expected = product(row.unsqueeze(0))[0]
+    exact = row.double() @ weight.double().T
+    assert torch.allclose(expected.double(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2)
+    for threads in (1, 2) if packed else (1,):
+        torch.set_num_threads(threads)
+        for n in (2, 3, 4, 7, 9, 16, 31, 64, 129):
+            for place in (0, n // 2, n - 1):
+                x = torch.randn(n, inputs, generator=random).to(dtype)
+                x[place] = row
+                assert torch.equal(product(x)[place], expected), (n, place, threads)
+
+
+def test_no_rows() -> None:
+    assert Linear(torch.randn(3, 4))(torch.empty(0, 4)).shape == (0, 3)
+
+
+def test_rows_are_padded_to_a_few_counts() -> None:
+    table = {1: 2, 2: 2, 3: 4, 5: 8, 9: 16, 16: 16, 17: 32, 33: 48, 256: 256, 257: 320, 1000: 1024}
+    assert {rows: padded_rows(rows) for rows in table} == table
+    assert len({padded_rows(rows) for rows in range(1, 257)}) == 19
+
+
+def test_packed_products_are_chosen_where_they_hold() -> None:
+    device = Cpu(1)
+    device.choose_products([(5, 7, torch.float32), (16, 8, torch.bfloat16)])
+    assert device.packed
+
+
+@pytest.mark.parametrize("fault", ["missing", "dependent"])
+def test_tiles_on_one_thread_where_packed_products_fail(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    def missing(weight: torch.Tensor) -> torch.Tensor:
+        raise AttributeError("no such operator")
+
+    def dependent(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, weight) + len(x)
+
+    if fault == "missing":
+        monkeypatch.setattr(cpu, "_pack", missing)
+    else:
+        monkeypatch.setattr(cpu, "_pack", lambda weight: weight)
+        monkeypatch.setattr(cpu, "_packed_product", dependent)
+    device = Cpu(2)
+    device.choose_products([(5, 7, torch.float32)])
+    assert not device.packed and device.threads == 1 and torch.get_num_threads() == 1
+    assert not device.linear(torch.randn(5, 7)).packed
+
+
+def test_no_exact_mode_where_both_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "row_is_independent", lambda shape, packed, threads: False)
+    with pytest.raises(MoempiError, match="self-test failed"):
+        Cpu(1).choose_products([(5, 7, torch.float32)])
