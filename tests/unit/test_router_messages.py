@@ -112,7 +112,7 @@ def test_a_drain_ends_the_job_when_every_home_has_handed_back() -> None:
     assert bench.router.handle(1, Drained()) == ends(2)
     # Partial completions are kept and do not count as finished.
     assert bench.events == ["1 length", "0 partial", "3 partial", "commit"]
-    assert bench.router.finished == 1 and bench.router.new_tokens == 3
+    assert bench.router.finished == 1 and bench.router.new_tokens == 9
 
 
 def test_a_drain_waits_for_the_homes_even_when_everything_finishes_meanwhile() -> None:
@@ -130,3 +130,11 @@ def test_a_drain_of_rank0_asks_the_only_home() -> None:
     bench.router.start()
     assert bench.router.handle(2, DrainWanted()) == [(0, Drain())]
     assert bench.router.handle(0, Drained()) == ends(3)
+
+
+def test_tokens_of_an_earlier_run_are_not_counted_again() -> None:
+    resumed = {0: Assignment(0, [5, 6, 7], 1, 3, [-0.1, -0.2])}
+    router = Router(resumed, 1, 1, "balanced", lambda completion: None, lambda: None)
+    router.start()
+    router.handle(0, done(0))
+    assert (router.finished, router.new_tokens) == (1, 1)
