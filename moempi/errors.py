@@ -37,6 +37,6 @@ class FitError(MoempiError):
 
 
 class StallError(MoempiError):
-    """A dispatch stayed unanswered for longer than `engine.stall_timeout` (exit code 76)."""
+    """A dispatch stayed unanswered, or a rank silent, for longer than `engine.stall_timeout` (exit code 76)."""
 
     exit_code = EXIT_STALLED

@@ -112,7 +112,9 @@ class PlacementOptions(Section):
     seed: int = option(0, "seed of strategy = random", ge=0)
     strict: bool = option(False, "refuse more than one slot per rank and layer")
     replicas: Literal["auto"] | Annotated[int, Field(ge=0)] = option(
-        "auto", "extra slots per layer for copies of the busiest experts; auto evens ranks out, as memory allows"
+        "auto",
+        "extra slots per layer for copies of the busiest experts; auto evens slots out, and under a measured load "
+        "and a memory.limit adds more while they even that load out",
     )
 
 
@@ -132,7 +134,9 @@ class ExchangeOptions(Section):
 
 class EngineOptions(Section):
     slice: Seconds = option(0.002, "longest computation between two looks at the network", "s")
-    stall_timeout: Seconds = option(300.0, "an unanswered dispatch older than this ends the job", "s")
+    stall_timeout: Seconds = option(
+        300.0, "an unanswered dispatch older than this, or a rank silent for longer, ends the job", "s"
+    )
 
 
 class MemoryOptions(Section):
@@ -242,7 +246,8 @@ def _explain(error: ValidationError) -> list[str]:
 def _explain_one(where: tuple[str, ...], items: list[dict[str, Any]]) -> str:
     name, kind = ".".join(where), items[0]["type"]
     if kind == "extra_forbidden":
-        return f"unknown {'section' if len(where) == 1 else 'option'} `{name}`{_nearest(where)}"
+        unknown = "section" if len(where) == 1 else "option"
+        return f"unknown {unknown} `{name}`; did you mean `{_nearest(where, items[0]['input'])}`?"
     if kind == "missing":
         needed = [name] if len(where) > 1 else [key for key in _required_options() if key.startswith(f"{name}.")]
         return f"{' and '.join(f'`{key}`' for key in needed)} is missing; every job needs it"
@@ -271,12 +276,16 @@ def _expected(message: str) -> str:
     return text
 
 
-def _nearest(where: tuple[str, ...]) -> str:
-    """A hint at the known option or section that `where` may have meant; empty where nothing is near."""
+def _nearest(where: tuple[str, ...], value: Any) -> str:
+    """The known option or section that `where`, which was set to `value`, may have meant."""
     known = known_options()
-    pool = sorted({key.split(".")[0] for key in known}) if len(where) == 1 else known
-    near = difflib.get_close_matches(".".join(where), pool, n=1, cutoff=0.4)
-    return f"; did you mean `{near[0]}`?" if near else ""
+    sections = sorted({key.split(".")[0] for key in known})
+    names = [where[1]] if len(where) > 1 else list(value) if isinstance(value, dict) else []
+    # A similar section comes first, then a right name in a wrong section, then whatever is least unlike.
+    near = difflib.get_close_matches(where[0], sections, n=1) if len(where) == 1 else []
+    near = near or [key for key in known if key.split(".")[1] in names]
+    near = near or difflib.get_close_matches(".".join(where), known if len(where) > 1 else sections, n=1, cutoff=0.0)
+    return near[0]
 
 
 def _required_options() -> list[str]:

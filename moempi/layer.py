@@ -43,7 +43,7 @@ class Forward:
         for layer in self.network.layers:
             x = await self.pass_layer(layer, x, step)
             if self.lockstep:
-                await self.engine.meet()
+                await self.engine.meet(layer.number)
         return await self.choose(x, step)
 
     async def pass_layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
@@ -57,8 +57,8 @@ class Forward:
 
     async def sit_out(self) -> None:
         """In lockstep, the part of a rank that has no tokens in this step."""
-        for _ in self.network.layers:
-            await self.engine.meet()
+        for layer in self.network.layers:
+            await self.engine.meet(layer.number)
 
     # ------------------------------------------------------------ the stages
 

@@ -21,6 +21,7 @@ from moempi.prepare import Found, assignments, choose_device, look_together, ope
 from moempi.progress import Progress
 from moempi.report import Outcome, finish
 from moempi.router.router import Router
+from moempi.router.watch import Watch
 from moempi.service import Service
 from moempi.tracing import Tracer
 
@@ -59,8 +60,10 @@ def run(
             tracer = Tracer(topology, job, shape, resume=resume)
             rank = build_rank(topology, job, shape, device, tracer.recorder, engine_type)
             router = build_router(comm, job, found, writer)
-            service = Service(rank.control, rank.home, router, drain, Progress(job.progress.every))
-            rank.engine.services += [service, tracer]
+            engine = rank.engine
+            watch = Watch(rank.control, comm.size, job.engine.stall_timeout, engine.now, engine.waits)
+            service = Service(rank.control, rank.home, router, watch, drain, Progress(job.progress.every))
+            engine.services += [service, tracer]
             seconds = work(comm, rank, service, lockstep=job.exchange.lockstep)
             code = drain.exit_code if drain.requested else EXIT_COMMITTED
             return finish(comm, job, rank, tracer, router, found, writer, seconds, code)

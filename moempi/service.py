@@ -6,9 +6,10 @@ from moempi.home import Home
 from moempi.mpi import Drain
 from moempi.progress import Progress
 from moempi.router.control import Control
+from moempi.router.messages import Alive, DrainWanted, End, Left, Work
 from moempi.router.messages import Drain as DrainNow
-from moempi.router.messages import DrainWanted, End, Work
 from moempi.router.router import Outgoing, Router
+from moempi.router.watch import Watch
 
 
 class Service:
@@ -16,12 +17,15 @@ class Service:
 
     Args:
         router: on rank 0, else None.
+        watch: sends and misses signs of life.
         drain: set by a signal on any rank; the router is told once.
         progress: told of the router's counts; rank 0 only.
     """
 
-    def __init__(self, control: Control, home: Home, router: Router | None, drain: Drain, progress: Progress):
-        self._control, self._home, self._router = control, home, router
+    def __init__(
+        self, control: Control, home: Home, router: Router | None, watch: Watch, drain: Drain, progress: Progress
+    ):
+        self._control, self._home, self._router, self._watch = control, home, router, watch
         self._drain, self._progress = drain, progress
         self._told = False
 
@@ -37,12 +41,17 @@ class Service:
             self._control.send(0, DrainWanted())
         messages = self._control.receive()
         for source, message in messages:
-            if isinstance(message, Work | DrainNow | End):
+            if isinstance(message, Alive | Left):
+                self._watch.hear(source, message)
+            elif isinstance(message, Work | DrainNow | End):
                 self._home.hear(message)
             elif self._router is not None:
                 self._send(self._router.handle(source, message))
         if self._router is not None:
             self._progress.show(self._router)
+        if self._home.ended:
+            self._watch.leave()
+        self._watch.look()
         return bool(messages)
 
     def _send(self, outgoing: Outgoing) -> None:

@@ -60,6 +60,11 @@ class Unanswered:
     peer: int
     rows: int
 
+    def describe(self, now: float) -> str:
+        """Who owes what, and since when; `now` is on the engine's own clock."""
+        waits_for = f"layer {self.layer}, microbatch {self.microbatch}, {self.rows} rows"
+        return f"rank {self.peer}: {waits_for}, {now - self.since:.1f} s"
+
 
 class Engine:
     """Owns all messages between homes and experts on one rank.
@@ -96,6 +101,9 @@ class Engine:
         self._ready: deque[Task] = deque()
         self._living = 0
         self._unanswered: dict[tuple[int, int], Unanswered] = {}
+        self._meeting: tuple[int, float] | None = (
+            None  # layer after which all ranks meet, and since when this one waits
+        )
         self._charged = 0
         self._status = MPI.Status()
         self._clock, self._looked = 0.0, time.perf_counter()
@@ -110,9 +118,15 @@ class Engine:
         while self._living or self.requests:
             self.turn()
         # Others may still be at it: go on serving them until all are here.
+        begin = self._clock
         self.requests.add(self._channels.barrier.Ibarrier(), lambda: None)
         while self.requests:
             self.turn()
+            if self._clock - begin > self._limits.stall_timeout:
+                raise StallError(
+                    f"rank {self.rank}: has come to its end, not all ranks have in {self._clock - begin:.1f} s "
+                    f"(engine.stall_timeout = {self._limits.stall_timeout:g} s)"
+                )
 
     def turn(self) -> None:
         """Look at the network, resume one task, serve one expert; rest if there was nothing to do."""
@@ -179,6 +193,20 @@ class Engine:
         time.sleep(min(longest, SHORTEST_SLEEP * 2**doublings))
         self.recorder.span(IDLE, -1, -1, -1, begin, time.perf_counter_ns(), 0, 0, -1)
 
+    def now(self) -> float:
+        """The engine's own clock (s)."""
+        return self._clock
+
+    def waits(self) -> str:
+        """What this rank waits for, in words: the oldest dispatch that has not come back, or a meeting; else empty."""
+        oldest = next(iter(self._unanswered.values()), None)
+        if oldest is not None:
+            return oldest.describe(self._clock)
+        if self._meeting is not None:
+            layer, since = self._meeting
+            return f"all ranks to meet after layer {layer}, {self._clock - since:.1f} s"
+        return ""
+
     def _look_for_stall(self) -> None:
         # The clock adds at most a second per turn: a job that was suspended does not wake into a time-out.
         now = time.perf_counter()
@@ -187,8 +215,7 @@ class Engine:
         oldest = next(iter(self._unanswered.values()), None)
         if oldest is not None and self._clock - oldest.since > self._limits.stall_timeout:
             raise StallError(
-                f"rank {self.rank}: layer {oldest.layer}, microbatch {oldest.microbatch}: no answer from rank "
-                f"{oldest.peer} to {oldest.rows} rows for {self._clock - oldest.since:.1f} s "
+                f"rank {self.rank}: no answer from {oldest.describe(self._clock)} "
                 f"(engine.stall_timeout = {self._limits.stall_timeout:g} s)"
             )
 
@@ -275,11 +302,13 @@ class Engine:
 
     # ------------------------------------------------------------ lockstep, for comparison
 
-    async def meet(self) -> None:
-        """Wait until every rank has come here. Collective."""
+    async def meet(self, layer: int) -> None:
+        """Wait until every rank has come to the end of a layer. Collective."""
         done = Future()
+        self._meeting = layer, self._clock
         self.requests.add(self._channels.barrier.Ibarrier(), lambda: self.notify(done))
         await done
+        self._meeting = None
 
     async def vote(self, *mine: bool) -> list[int]:
         """How many ranks said yes to each question. Collective."""

@@ -135,10 +135,8 @@ def merge_outputs(
     _check_ids([shard.head for shard in shards])
     heads = [shard.head for shard in shards]
     origin = _merged_origin(heads)
-    with schema.create(out, "outputs", sources=origin.sources) as file:
-        for name, text in (("job", origin.job), ("environment", heads[0].environment if heads else "")):
-            if text:
-                schema.write_text(file, name, text)
+    made_by = heads[0].environment if heads else ""
+    with schema.create(out, "outputs", sources=origin.sources, job=origin.job, made_by=made_by) as file:
         texts = {
             "prompts": any(head.has_prompts for head in heads),
             "completions": any(head.has_completions for head in heads),

@@ -9,6 +9,7 @@ Rows may stand in any order in the file; the table that is read is sorted and ke
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from moempi.errors import DataError, JobError
 from moempi.files import schema
+from moempi.job import PlacementOptions
 from moempi.model.config import ModelConfig
 from moempi.planning.placement import COLUMNS, Placement, check_placement
 
@@ -34,17 +36,21 @@ _MOST_SLOTS = 2**24
 _INT32_MAX = 2**31 - 1
 
 
-def write_placement(path: Path, placement: Placement, sources: Mapping[str, str] | None = None) -> None:
+def write_placement(
+    path: Path, placement: Placement, sources: Mapping[str, str] | None = None, options: PlacementOptions | None = None
+) -> None:
     """Write a placement that keeps the rules; an existing file is replaced as a whole.
 
     Args:
         sources: {name: SHA-256 in hex} of what the placement was made from (topology, measured load).
+        options: those that it was placed by, stored as the `placement` section of `/job`.
 
     Raises:
         DataError: the placement breaks a rule; nothing is written.
     """
     check_placement(placement)
-    with schema.create(path, "placement", sources=sources) as file:
+    job = "" if options is None else json.dumps({"placement": options.model_dump(mode="json")}, indent=2)
+    with schema.create(path, "placement", sources=sources, job=job) as file:
         for name in ("n_ranks", "n_experts", "leaves"):
             file.attrs[name] = np.int64(getattr(placement, name))
         schema.write_column(file, "layers", np.array(placement.layers, dtype=np.int32), text="the MoE layers")

@@ -1,7 +1,8 @@
 """What all HDF5 files of the project share: format and version, text, bfloat16, checks, atomic creation.
 
-Every file has the root attributes `format`, `version`, `creator`, `created` and `sources`; files made by a
-job carry `/job` and `/environment` as JSON text. Text and bytes are uint8 datasets, and attributes are
+Every file has the root attributes `format`, `version`, `creator` and `created`, and `/sources` and
+`/environment` as JSON text; files made by a job carry `/job`. Part files have no environment: the file that they
+are merged into has. Text and bytes are uint8 datasets, and attributes are
 numbers or fixed-length strings: variable-length types are neither written nor read, because damaged ones
 can hang the HDF5 library where Python cannot interrupt it.
 """
@@ -15,6 +16,7 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ VERSIONS = {
     "trace-part": 1,
     "placement": 1,
 }
+COMPUTED = ("outputs", "trace")  # files whose numbers depend on the processor
 # What the HDF5 1.10 tools of current distributions can still read.
 LIBVER = ("earliest", "v110")
 COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
@@ -56,14 +59,17 @@ BFLOAT16 = _bfloat16_type()
 
 
 @contextmanager
-def create(path: Path, kind: str, *, sources: Mapping[str, str] | None = None, job: str = "") -> Iterator[h5py.File]:
+def create(
+    path: Path, kind: str, *, sources: Mapping[str, str] | None = None, job: str = "", made_by: str = ""
+) -> Iterator[h5py.File]:
     """Write a file of `kind` under a temporary name; move it into place, synced, when the block ends well.
 
     Args:
         path: the final name; an existing file of that name is replaced at once or not at all.
         kind: a key of `VERSIONS`.
         sources: {name: SHA-256 in hex} of the files that this one is made from.
-        job: the effective job as JSON text; stored with the environment where given.
+        job: the effective job, or what of it went into the file, as JSON text; "": the file is not made by a job.
+        made_by: the environment that computed what goes into the file, as JSON text; "": this one.
 
     Raises:
         DataError: the file cannot be written (no such folder, disk full, ...), with the cause.
@@ -77,9 +83,11 @@ def create(path: Path, kind: str, *, sources: Mapping[str, str] | None = None, j
         try:
             with h5py.File(sink, "w", libver=LIBVER) as file:
                 _stamp(file, kind, sources or {})
+                if not kind.endswith("-part"):
+                    here = environment if kind in COMPUTED else builds
+                    write_text(file, "environment", made_by or json.dumps(here(), indent=2))
                 if job:
                     write_text(file, "job", job)
-                    write_text(file, "environment", json.dumps(environment(), indent=2))
                 yield file
         finally:
             sink.close()
@@ -272,17 +280,22 @@ def file_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def environment() -> dict[str, str]:
-    """What a result may depend on besides the job: program, library builds and processor."""
-    import torch
-
+def builds() -> dict[str, str]:
+    """The program and the libraries that it runs on; takes no time to find out."""
     return {
         "moempi": moempi.__version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": metadata.version("torch"),
         "numpy": np.__version__,
         "h5py": h5py.__version__,
         "hdf5": h5py.version.hdf5_version,
         "machine": platform.machine(),
-        "processor_capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def environment() -> dict[str, str]:
+    """What a result may depend on besides the job: program, library builds and processor."""
+    import torch
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    return builds() | {"torch": torch.__version__, "processor_capability": capability}

@@ -20,6 +20,8 @@ from moempi.model.config import ModelConfig
 from moempi.planning.packing import balanced_layer, extra_copies, held_load, linear_layer, random_layer, seat
 
 COLUMNS = ("layer", "expert", "replica", "lo", "hi", "rank")
+# A slot more on every rank must lower the load of the fullest rank by this share.
+_WORTHWHILE = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +207,36 @@ def place(
     """
     layers, n_experts = config.moe_layers, config.n_experts
     loads = _checked_load(load, len(layers), n_experts)
-    extra = _extra_slots(options, n_experts, n_ranks, len(layers), slot_limit)
+    extra, at_most = _extra_slots(options, n_experts, n_ranks, len(layers), slot_limit)
+    placement = _deal(options, n_ranks, leaves, layers, loads, extra)
+    # More copies than even slots need are worth their memory only where the load, and the room for them, is known.
+    if options.replicas == "auto" and load is not None and slot_limit is not None and n_experts > n_ranks:
+        placement = _even_out(options, placement, loads, extra, at_most)
+    check_strict(placement, options)
+    return placement
+
+
+def _even_out(
+    options: PlacementOptions, placement: Placement, loads: np.ndarray, extra: int, at_most: int
+) -> Placement:
+    """The placement with a slot more per rank and layer, as often as that evens the load out by `_WORTHWHILE`."""
+    n_ranks = placement.n_ranks
+    uneven = float(max_over_mean(rank_load(placement, loads)).mean())
+    while not options.strict and extra + n_ranks <= at_most:
+        extra += n_ranks
+        more = _deal(options, n_ranks, placement.leaves, placement.layers, loads, extra)
+        now = float(max_over_mean(rank_load(more, loads)).mean())
+        if now > uneven * (1 - _WORTHWHILE):
+            break
+        placement, uneven = more, now
+    return placement
+
+
+def _deal(
+    options: PlacementOptions, n_ranks: int, leaves: int, layers: tuple[int, ...], loads: np.ndarray, extra: int
+) -> Placement:
+    """The whole experts of every layer, with `extra` copies of the busiest in each."""
+    n_experts = loads.shape[1]
     total_slots, total_load = np.zeros(n_ranks, dtype=np.int64), np.zeros(n_ranks)
     held = []
     for layer, rows in zip(layers, loads, strict=True):
@@ -214,9 +245,7 @@ def place(
         total_slots += holds.sum(axis=1)
         total_load += held_load(holds, rows / (1 + np.bincount(copies, minlength=n_experts)))
         held.append(holds)
-    placement = _whole_slots(held, n_ranks, n_experts, leaves, layers)
-    check_strict(placement, options)
-    return placement
+    return _whole_slots(held, n_ranks, n_experts, leaves, layers)
 
 
 def _deal_layer(
@@ -256,8 +285,8 @@ def _checked_load(load: np.ndarray | None, n_layers: int, n_experts: int) -> np.
 
 def _extra_slots(
     options: PlacementOptions, n_experts: int, n_ranks: int, n_layers: int, slot_limit: int | None
-) -> int:
-    """Slots of a layer beyond one per expert; FitError where they cannot be had."""
+) -> tuple[int, int]:
+    """(slots of a layer beyond one per expert, the most that there is room for); FitError where they can't be had."""
     at_most = n_experts * n_ranks
     if slot_limit is not None and n_layers:
         # Linear gives the odd slots of every layer to the same ranks; the others spread them over the ranks.
@@ -272,7 +301,8 @@ def _extra_slots(
         )
     if slots > at_most:
         raise FitError(_no_room(options, slots, n_ranks, n_layers, slot_limit or 0))
-    return min(-n_experts % n_ranks, at_most - n_experts) if options.replicas == "auto" else wanted
+    room = at_most - n_experts
+    return min(-n_experts % n_ranks, room) if options.replicas == "auto" else wanted, room
 
 
 def _no_room(options: PlacementOptions, slots: int, n_ranks: int, n_layers: int, slot_limit: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from mpi4py import MPI
@@ -26,12 +27,16 @@ class Control:
         self._own: deque[Any] = deque()
         self._status = MPI.Status()
 
-    def send(self, destination: int, message: Any) -> None:
-        """Hand a message to another rank, or to this one at its next `receive`."""
+    def send(self, destination: int, message: Any, taken: Callable[[], None] = lambda: None) -> None:
+        """Hand a message to another rank, or to this one at its next `receive`.
+
+        Args:
+            taken: called once the other rank has taken the message; not for one to this rank.
+        """
         if destination == self.rank:
             self._own.append(message)
         else:
-            self._requests.add(self._comm.isend(message, destination), lambda: None)
+            self._requests.add(self._comm.issend(message, destination), taken)
 
     def receive(self) -> list[tuple[int, Any]]:
         """(source, message) of all that has come."""

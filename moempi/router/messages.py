@@ -59,5 +59,17 @@ class End:
     """Every result is committed; no dispatch can be outstanding."""
 
 
+@dataclass(frozen=True)
+class Alive:
+    """A rank is there; what it waits for, in words."""
+
+    waiting: str
+
+
+@dataclass(frozen=True)
+class Left:
+    """A rank has heard of the end; it sends no more signs of life."""
+
+
 ToRouter = Want | Done | DrainWanted | Drained
 ToHome = Work | Drain | End

@@ -21,15 +21,37 @@ import pytest
 from ranks import Ended, Running, alive, mpirun_line, program, run
 
 from moempi.files.completions import FINISH_REASONS
+from moempi.files.init_weights import init_weights
 from moempi.files.inputs import Prompts, write_inputs
 from moempi.files.outputs import read_outputs
+from moempi.files.placement import write_placement
 from moempi.launch import session_members
+from moempi.planning.placement import Placement
 
 SEED = int(os.environ.get("MOEMPI_TEST_SEED", random.SystemRandom().randrange(10**6)))
 SEQUENCES = 40
 TINYMOE = Path(__file__).parents[2] / "inputs" / "tinymoe.h5"
-# The promise; and what a machine may add on which other programs run.
-PROMISE, SLACK = 5.0, 10.0
+PROMISE = 5.0  # seconds from the error to the end of all ranks
+
+TWO_EXPERTS = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 32,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "num_experts": 2,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 5000,
+    "eos_token_id": 0,
+}
 
 Tokens = dict[str, tuple[bytes, bytes, str]]  # (tokens, logprobs, finish reason) of each sequence
 
@@ -163,9 +185,7 @@ def test_a_job_that_cannot_run_is_one_message(job: Path, code: int, override: st
 # ---------------------------------------------------------------- told to stop, then going on
 
 
-def test_interrupted_then_terminated_then_finished_on_four_three_and_two_ranks(
-    job: Path, undisturbed: Tokens
-) -> None:
+def test_interrupted_then_terminated_then_finished_on_four_three_and_two_ranks(job: Path, undisturbed: Tokens) -> None:
     with Running(moempi("run", job, "-n", "4")) as running:
         wait_for_commit(running, job)
         running.signal(signal.SIGINT)
@@ -241,7 +261,7 @@ def test_a_killed_rank_ends_the_job_and_commits_stay(job: Path, undisturbed: Tok
         os.kill(pids[victim], signal.SIGKILL)
         begin = time.monotonic()
         ended = running.wait()
-        assert time.monotonic() - begin < PROMISE + SLACK
+        assert time.monotonic() - begin < PROMISE
         assert ended.code == 137, ended.err
         wait_until(lambda: not alive(list(pids.values())), "the end of all ranks", 10)
     kept = finished(job.parent / "out.h5")
@@ -256,7 +276,7 @@ def test_an_exception_on_a_rank_ends_all_with_its_cause_on_top(job: Path, rank: 
     with Running(mpirun_line(4, program("hinders", str(job), "raises", str(rank)))) as running:
         failed = float(running.wait_for(r"failing at ([\d.]+);")[0])
         ended = running.wait()
-        assert time.monotonic() - failed < PROMISE + SLACK
+        assert time.monotonic() - failed < PROMISE
     assert ended.code == 1, ended.err
     assert len(causes(ended.err)) == 1, ended.err
     first = ended.err.lstrip().splitlines()[0]
@@ -272,10 +292,10 @@ def test_a_lost_answer_is_a_stall_that_says_who_waits_for_whom(tmp_path: Path, m
     with Running(mpirun_line(2, program("hinders", str(job), "drops", "0"))) as running:
         layer, begin = running.wait_for(r"dropped layer (\d+) at ([\d.]+);")[0]
         ended = running.wait()
-        assert time.monotonic() - float(begin) < 3.0 + PROMISE + SLACK
+        assert time.monotonic() - float(begin) < 3.0 + PROMISE
     assert ended.code == 76, ended.err
     assert len(causes(ended.err)) == 1 and "Traceback" not in ended.err, ended.err
-    assert f"layer {layer}, microbatch 0: no answer from rank 0 to " in causes(ended.err)[0]
+    assert f"no answer from rank 0: layer {layer}, microbatch 0, " in causes(ended.err)[0]
     assert "engine.stall_timeout = 3 s" in causes(ended.err)[0]
 
 
@@ -288,9 +308,37 @@ def test_a_stopped_rank_is_a_stall(tmp_path: Path, victim: int) -> None:
         os.kill(pids[victim], signal.SIGSTOP)
         begin = time.monotonic()
         ended = running.wait()
-        assert time.monotonic() - begin < 5.0 + PROMISE + SLACK
+        assert time.monotonic() - begin < 5.0 + PROMISE
         wait_until(lambda: not alive(list(pids.values())), "the end of all ranks", 10)
     assert ended.code == 76, ended.err
     assert len(causes(ended.err)) == 1, ended.err
-    assert f"no answer from rank {victim} to " in causes(ended.err)[0]
+    assert f"no answer from rank {victim}: layer " in causes(ended.err)[0]
     assert finished(job.parent / "out.h5")
+
+
+@pytest.mark.parametrize("lockstep", ["false", "true"])
+@pytest.mark.parametrize("victim", [0, 3])
+def test_a_stopped_rank_without_experts_is_missed(tmp_path: Path, victim: int, lockstep: str) -> None:
+    """No dispatch goes unanswered: the two experts are on ranks 1 and 2."""
+    job = write_job(tmp_path, stall_timeout="5.0")
+    slots = {"layer": [0, 0], "expert": [0, 1], "replica": [0, 0], "lo": [0, 0], "hi": [1, 1], "rank": [1, 2]}
+    write_placement(tmp_path / "placement.h5", Placement.from_slots(4, 2, 1, (0,), slots))
+    (tmp_path / "config.json").write_text(json.dumps(TWO_EXPERTS))
+    init_weights(tmp_path / "config.json", tmp_path / "weights.h5", seed=1, dtype="float32")
+    new = np.array([1] * 8 + [4000] * 8, dtype=np.int32)  # some to commit early, the rest to be at it for long
+    prompts = Prompts([f"p{i}" for i in range(16)], [np.array([1, 2], dtype=np.int32)] * 16, None, new)
+    write_inputs(tmp_path / "prompts.h5", prompts, {})
+    options = [f"model.weights={tmp_path / 'weights.h5'}", "placement.strategy=file", "placement.file=placement.h5"]
+    options += [f"exchange.lockstep={lockstep}", "run.capacity=4"]
+    settings = [word for option in options for word in ("--set", option)]
+    with Running(moempi("run", job, "-n", "4", *settings)) as running:
+        wait_for_commit(running, job)
+        pids = rank_pids(mpirun_of(running))
+        os.kill(pids[victim], signal.SIGSTOP)
+        begin = time.monotonic()
+        ended = running.wait()
+        assert time.monotonic() - begin < 5.0 + PROMISE
+        wait_until(lambda: not alive(list(pids.values())), "the end of all ranks", 10)
+    assert ended.code == 76, ended.err
+    assert len(causes(ended.err)) == 1, ended.err
+    assert f"no sign of life from rank {victim} for " in causes(ended.err)[0]

@@ -245,7 +245,9 @@ def test_files_md_lists_the_inputs_that_the_demo_reads(tmp_path: Path) -> None:
     from moempi.files.make_inputs import make_inputs
 
     make_inputs(ROOT / "inputs/prompts.jsonl", ROOT / "inputs/tinymoe.h5", tmp_path / "prompts.h5")
-    assert listing("Inputs") == names_of(tmp_path / "prompts.h5")
+    shown, real = listing("Inputs"), names_of(tmp_path / "prompts.h5")
+    del shown["/environment"], real["/environment"]  # as long as the names of versions are
+    assert shown == real
 
 
 def test_files_md_lists_a_placement(tmp_path: Path) -> None:

@@ -117,6 +117,12 @@ REFUSED = {
         {"run": {"max_new_tokens": 3}},
         "unknown option `run.max_new_tokens`; did you mean `generate.max_new_tokens`?",
     ),
+    "unlike any option": ({"run": {"zzz": 3}}, "unknown option `run.zzz`; did you mean `run."),
+    "unknown section, known option": (
+        {"sampling": {"stop_at_eos": True}},
+        "unknown section `sampling`; did you mean `generate.stop_at_eos`?",
+    ),
+    "unlike any section": ({"zzz": {}}, "unknown section `zzz`; did you mean `"),
     "unknown section": ({"exchnage": {}}, "unknown section `exchnage`; did you mean `exchange`?"),
     "nothing is near": ({"zzz": {}}, "unknown section `zzz`"),
     "file without strategy": ({"placement": {"file": "p.h5"}}, "`placement.file` is given, but `placement.strategy`"),

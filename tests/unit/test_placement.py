@@ -286,6 +286,20 @@ def test_auto_replicas_follow_the_memory() -> None:
     assert np.bincount(few.rank, minlength=5).tolist() == [1, 1, 1, 1, 0]
 
 
+def test_auto_replicas_even_out_a_measured_load_where_memory_allows() -> None:
+    load = [50.0] + [1.0] * 15  # mean per rank: 16.25
+    case = {"n_experts": 16, "n_ranks": 4, "strategy": "balanced", "load": load}
+
+    def fullest(**more) -> float:
+        return float(max_over_mean(rank_load(placed(**case, **more), np.array([load])))[0])
+
+    assert fullest() == fullest(slot_limit=4) == fullest(slot_limit=99, replicas=0) == 53 / 16.25
+    assert fullest(slot_limit=5) < 1.1  # the busy expert is on every rank
+    # A sixth slot would gain less than it costs; and nothing is added where nothing is known of the load.
+    assert len(placed(**case, slot_limit=99).rank) == 20
+    assert len(placed(**{**case, "load": None}, slot_limit=99).rank) == 16
+
+
 @pytest.mark.parametrize(
     "bad", [np.ones((1, 3)), np.ones(4), [[1, 1, 1, -1]], [[1, 1, 1, np.nan]], [[1, 1, 1, np.inf]], [["1"] * 4]]
 )
