@@ -1,4 +1,4 @@
-"""`moempi trace`: summary."""
+"""`moempi trace`: summary, plot."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moempi.errors import JobError
+
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 TABLES = ("time", "load", "traffic")
+PICTURES = ("load", "traffic", "timeline")
 
 _PATH = click.Path(path_type=Path)
 _RANKS_IN_A_TABLE = 16  # of more ranks only the extremes are shown
@@ -122,3 +126,39 @@ def _add_traffic(table: Table, kind: str, source: str, destination: str, rows: l
     total = {name: sum(row[name] for row in rows) for name in ("rows", "bytes", "messages")}
     numbers = (f"{total['rows']:,}", f"{total['bytes'] / 1e6:,.3f}", f"{total['messages']:,}")
     table.add_row(kind, source, destination, *numbers)
+
+
+@trace.command()
+@click.argument("file", type=_PATH)
+@click.option("--what", type=click.Choice(PICTURES), default="load", show_default=True, help="Which picture.")
+@click.option("--out", type=_PATH, required=True, help="Where it goes; .png, .svg or .pdf.")
+@click.option("--begin", type=click.FloatRange(0), help="timeline: begin of the window, in s since the job's start.")
+@click.option("--length", type=click.FloatRange(0, min_open=True), help="timeline: length of the window in s.")
+def plot(file: Path, what: str, out: Path, begin: float | None, length: float | None) -> None:
+    """Draw a picture of a trace.
+
+    load: share of every expert in each layer. traffic: bytes from rank to rank. timeline: what every rank did in a
+    window of time, by default a short one in the middle; needs a trace of level full.
+
+    \b
+    moempi trace plot out/demo.trace.h5 --out load.png
+    moempi trace plot out/demo.trace.h5 --what timeline --begin 2.5 --length 0.05 --out timeline.svg
+    """
+    from moempi.plots.picture import check_target, save
+
+    if what != "timeline" and (begin is not None or length is not None):
+        raise JobError(f"--begin and --length choose the window of --what timeline; --what is {what}")
+    check_target(out)
+    save(_draw(file, what, begin, length), out)
+    click.echo(f"{out}: {what} of {file}")
+
+
+def _draw(file: Path, what: str, begin: float | None, length: float | None) -> Figure:
+    from moempi import analysis
+    from moempi.analysis.timeline import busy_window
+    from moempi.plots import load, timeline, traffic
+
+    found = analysis.load(file)
+    if what == "timeline":
+        return timeline.timeline_figure(found, busy_window(found, begin, length))
+    return load.load_figure(found) if what == "load" else traffic.traffic_figure(found)
