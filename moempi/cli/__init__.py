@@ -7,18 +7,21 @@ import importlib
 import click
 
 from moempi import __version__
+from moempi.cli.groups import Group
 
 # verb -> what the list of verbs says of it; module and command are named like the verb.
 VERBS = {
     "run": "Run a job: completions for a file of prompts.",
+    "doctor": "Say what of this machine is fine for moempi, and what to do about the rest.",
+    "job": "Describe the job file: a schema for editors.",
     "weights": "Import, export, make and describe weights files.",
     "inputs": "Make and describe files of prompts.",
     "outputs": "Show and merge files of completions.",
-    "trace": "Say where every token and every microsecond went.",
+    "trace": "Say and draw where every token and every microsecond went.",
 }
 
 
-class Verbs(click.Group):
+class Verbs(Group):
     """A group that imports a verb when it is used, so that help is fast and needs neither torch nor mpi4py."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -30,9 +33,8 @@ class Verbs(click.Group):
         command: click.Command = getattr(importlib.import_module(f"moempi.cli.{cmd_name}"), cmd_name)
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+    def short_help_of(self, ctx: click.Context, name: str) -> str:
+        return VERBS[name]
 
 
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})

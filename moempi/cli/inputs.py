@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
+from moempi.cli.groups import Group
 from moempi.cli.results import refuse_existing, show
 
 _PATH = click.Path(path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-@click.group()
+@click.group(cls=Group)
 def inputs() -> None:
     """Make and describe files of prompts."""
 

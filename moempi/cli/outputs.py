@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moempi.cli.groups import Group
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,7 +23,7 @@ _AT_A_TIME = 2**20  # tokens that are read before they are printed
 _SHOWN = 10  # sequences that are displayed unless asked for more
 
 
-@click.group()
+@click.group(cls=Group)
 def outputs() -> None:
     """Show and merge files of completions."""
 

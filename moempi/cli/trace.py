@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moempi.cli.groups import Group
 from moempi.errors import JobError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ _RANKS_IN_A_TABLE = 16  # of more ranks only the extremes are shown
 _LINKS_SHOWN = 10
 
 
-@click.group()
+@click.group(cls=Group)
 def trace() -> None:
     """Say where every token and every microsecond went."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from moempi.cli.groups import Group
 from moempi.cli.results import refuse_existing, show
 
 _PATH = click.Path(path_type=Path)
@@ -13,7 +14,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace what is there.")
 
 
-@click.group()
+@click.group(cls=Group)
 def weights() -> None:
     """Import, export, make and describe weights files."""
 

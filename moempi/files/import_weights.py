@@ -51,6 +51,7 @@ def import_checkpoint(folder: Path, out: Path, *, block: int = BLOCK) -> None:
         DataError: a file is missing or not safetensors; a tensor is missing, unknown, of a wrong shape or dtype,
             or holds NaN or infinity.
     """
+    _check_folder(folder)
     config_text = read_small_file(folder / "config.json")
     shapes = dataset_shapes(parse_config(config_text, str(folder / "config.json")))
     checkpoint = _find_tensors(folder)
@@ -67,6 +68,20 @@ def import_checkpoint(folder: Path, out: Path, *, block: int = BLOCK) -> None:
                 _copy(checkpoint, row, put, block)
             if name in fused:
                 mark_fused(model[name])
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse what is no checkpoint, saying what was looked for and what is there."""
+    if not folder.is_dir():
+        raise DataError(f"{folder}: there is no such folder; expected a checkpoint in the Hugging Face format")
+    if (folder / "config.json").exists():
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    here = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "nothing"
+    raise DataError(
+        f"{folder}: is no checkpoint: there is no config.json in it (expected that and {SINGLE}, or shards and "
+        f"{INDEX}; found {here})"
+    )
 
 
 def mark_fused(dataset: h5py.Dataset) -> None:
@@ -151,8 +166,6 @@ def _files_of(folder: Path) -> dict[str, set[str] | None]:
         return {SINGLE: None}
     if (folder / INDEX).is_file():
         return dict(shards_of(read_small_file(folder / INDEX), str(folder / INDEX)))
-    if not folder.is_dir():
-        raise DataError(f"{folder}: there is no such folder; expected a checkpoint")
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
     hint = f"; {pickles[0]} may be a pickle, which is not read: save it as safetensors first" if pickles else ""
     raise DataError(f"{folder}: has neither {SINGLE} nor {INDEX}{hint}")

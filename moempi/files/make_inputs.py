@@ -85,6 +85,8 @@ def _parse(raw: bytes, where: str) -> _Line:
         raise DataError(f"{where}: unknown key {unknown[0]!r}; expected {', '.join(_KEYS)}")
     if ("prompt" in found) == ("tokens" in found):
         raise DataError(f"{where}: expected either `prompt` or `tokens`")
+    if "id" not in found:
+        raise DataError(f'{where}: has no `id`; every prompt needs one of its own, like "id": "a"')
     return _Line(
         where,
         _text(str(found["id"]) if _is_whole(found.get("id")) else found.get("id"), "id", where),

@@ -34,7 +34,9 @@ def load_figure(trace: analysis.Trace) -> Figure:
     label_ticks(axes.yaxis, [str(one.layer) for one in ranked])
     label_ticks(axes.xaxis, [str(expert) for expert in range(n_experts)])
     axes.set(xlabel="expert", ylabel="layer")
-    axes.set_title(f"Load per expert, even would be {100 / n_experts:.1f} %; framed: the busiest of a layer", loc="left")
+    axes.set_title(
+        f"Load per expert, even would be {100 / n_experts:.1f} %; framed: the busiest of a layer", loc="left"
+    )
     return figure
 
 

@@ -328,7 +328,8 @@ def test_a_stopped_rank_without_experts_is_missed(tmp_path: Path, victim: int, l
     new = np.array([1] * 8 + [4000] * 8, dtype=np.int32)  # some to commit early, the rest to be at it for long
     prompts = Prompts([f"p{i}" for i in range(16)], [np.array([1, 2], dtype=np.int32)] * 16, None, new)
     write_inputs(tmp_path / "prompts.h5", prompts, {})
-    options = [f"model.weights={tmp_path / 'weights.h5'}", "placement.strategy=file", "placement.file=placement.h5"]
+    options = [f"model.weights={tmp_path / 'weights.h5'}", "placement.strategy=file"]
+    options += [f"placement.file={tmp_path / 'placement.h5'}"]
     options += [f"exchange.lockstep={lockstep}", "run.capacity=4"]
     settings = [word for option in options for word in ("--set", option)]
     with Running(moempi("run", job, "-n", "4", *settings)) as running:

@@ -189,7 +189,10 @@ FILES = {
     "truncated": (lambda folder: cut(folder / "model.safetensors"), r"\.safetensors: cannot be read as safetensors"),
     "empty": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "cannot be read as safetensors"),
     "no tensors": (lambda folder: (folder / "model.safetensors").unlink(), r"neither model\.safetensors nor"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), r"config\.json: cannot be read: No such file"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        r"from: is no checkpoint: there is no config\.json in it .*found .*model\.safetensors",
+    ),
     "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), r"config\.json: not valid JSON"),
     "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "JSON list; expected an object"),
     "eos": (lambda folder: (folder / "generation_config.json").write_text('{"eos_token_id": "x"}'), "eos.* = 'x'"),

@@ -117,12 +117,13 @@ REFUSED = {
         {"run": {"max_new_tokens": 3}},
         "unknown option `run.max_new_tokens`; did you mean `generate.max_new_tokens`?",
     ),
-    "unlike any option": ({"run": {"zzz": 3}}, "unknown option `run.zzz`; did you mean `run."),
+    "unlike any option": ({"run": {"zzz": 3}}, "unknown option `run.zzz`; [run] has capacity, prefill_tokens"),
+    "unlike any option, in a long name": ({"run": {"verbosity": 3}}, "unknown option `run.verbosity`; [run] has capac"),
     "unknown section, known option": (
         {"sampling": {"stop_at_eos": True}},
         "unknown section `sampling`; did you mean `generate.stop_at_eos`?",
     ),
-    "unlike any section": ({"zzz": {}}, "unknown section `zzz`; did you mean `"),
+    "unlike any section": ({"zzz": {}}, "unknown section `zzz`; there are admission, engine"),
     "unknown section": ({"exchnage": {}}, "unknown section `exchnage`; did you mean `exchange`?"),
     "nothing is near": ({"zzz": {}}, "unknown section `zzz`"),
     "file without strategy": ({"placement": {"file": "p.h5"}}, "`placement.file` is given, but `placement.strategy`"),
@@ -213,8 +214,35 @@ def test_set_takes_toml_or_plain_text(tmp_path: Path, override: str, section: st
     assert getattr(getattr(set_to(tmp_path, override), section), key) == value
 
 
-def test_set_names_a_path_relative_to_the_job_file(tmp_path: Path) -> None:
-    assert set_to(tmp_path, "output.file=../b.h5").output.file == tmp_path.parent / "b.h5"
+def test_set_names_a_path_relative_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    job = set_to(tmp_path, "output.file=../a/b.h5", "trace.file=t.h5")
+    assert job.output.file == tmp_path / "a" / "b.h5" and job.trace.file == tmp_path / "here" / "t.h5"
+    assert job.input.file == tmp_path / "i.h5"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["run.capcity=3"], "--set run.capcity=3: unknown option"),
+        (["run.capacity=0"], "--set run.capacity=0: `run.capacity` = 0: expected at least 1"),
+        (["placement.load=t.h5"], "--set placement.load=t.h5: `placement.load` is given, but"),
+        (["placement.strategy=file"], "--set placement.strategy=file: `placement.strategy` = 'file' needs"),
+        (["output.file=i.h5", "input.file=i.h5"], "--set output.file=i.h5 --set input.file=i.h5: `output.file` and"),
+        (["run.capacity=0", "run.capacity=3", "model.leaves=3"], "--set model.leaves=3: `model.leaves` = 3: expected"),
+    ],
+)
+def test_what_was_set_wrongly_is_not_blamed_on_the_job_file(tmp_path: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(JobError) as refused:
+        set_to(tmp_path, *overrides)
+    assert str(refused.value).startswith(said) and "job.toml" not in str(refused.value)
+
+
+def test_what_is_wrong_in_the_job_file_is_not_blamed_on_set(tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(TEXT + "run.capacity = 0\n")
+    with pytest.raises(JobError, match=r"job\.toml: `run\.capacity` = 0"):
+        load_job(tmp_path / "job.toml", ["model.leaves=2"])
 
 
 @pytest.mark.parametrize(
