@@ -41,7 +41,7 @@ def examine(environ: Mapping[str, str]) -> list[Finding]:
     """Everything that one process can see without starting MPI."""
     library, launcher = find_library(), find_launcher(environ)
     return [
-        Finding("moempi", FINE, f"{moempi.__version__}, Python {platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding("moempi", FINE, f"{moempi.__version__}, Python {platform.python_version()}, {system()}"),
         packages(installed_version),
         pictures(installed_version),
         products(),
@@ -55,6 +55,11 @@ def examine(environ: Mapping[str, str]) -> list[Finding]:
 
 
 # ---------------------------------------------------------------- software
+
+
+def system() -> str:
+    """Operating system and kind of processor."""
+    return f"{platform.system()} {platform.release().split('-')[0]} on {platform.machine()}"
 
 
 def installed_version(name: str) -> str | None:
@@ -199,14 +204,15 @@ def ranks(reports: Sequence[RankReport], largest_tag: int) -> list[Finding]:
     hosts = {each.node: each.host for each in reports}
     shown = [f"{n} on {hosts[node]}" for node, n in sorted(per_node.items())]
     listed = ", ".join(shown[:4]) + (", ..." if len(shown) > 4 else "")
-    found = f"{_plural(len(reports), 'rank')} on {_plural(len(per_node), 'node')} met: {listed}; tags to {largest_tag:,}"
+    met = f"{_plural(len(reports), 'rank')} on {_plural(len(per_node), 'node')} met"
+    found = f"{met}: {listed}; tags to {largest_tag:,}"
     return [Finding("ranks", FINE, found), _cores(reports, per_node), _shared_memory(reports, per_node)]
 
 
 def _cores(reports: Sequence[RankReport], per_node: Mapping[int, int]) -> Finding:
     least = min(reports, key=lambda each: each.cores)
     threads = sorted({each.threads for each in reports})
-    found = f"a rank may run on {_range([each.cores for each in reports])} cores and takes {_range(threads)} threads"
+    found = f"a rank may run on {_range([each.cores for each in reports])} cores and takes {_threads(threads)}"
     crowded = max(reports, key=lambda each: per_node[each.node] / each.cores)
     n = per_node[crowded.node]
     if least.cores == 1 and n > 1 and n <= (os.cpu_count() or 1):
@@ -278,3 +284,7 @@ def _plural(n: int, word: str) -> str:
 
 def _range(values: Sequence[int]) -> str:
     return str(min(values)) if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _threads(values: Sequence[int]) -> str:
+    return _plural(values[0], "thread") if len(values) == 1 else f"{_range(values)} threads"

@@ -46,7 +46,7 @@ class Home:
         self.capacity, self.budget, self.group = capacity, budget, group
         self.eos_tokens, self.tell = frozenset(eos_tokens), tell
         self.resident: list[list[Sequence]] = [[] for _ in range(n_microbatches)]
-        self.steps = 0
+        self.steps = self.new_tokens = 0
         self.ended = self.draining = False
         self._waiting: deque[Sequence] = deque()
         self._drained = False
@@ -100,6 +100,7 @@ class Home:
         """Note the next token of every sequence in `step.choosing`, and report those that have ended."""
         for sequence, chunk in zip(step.sequences, step.chunks, strict=True):
             sequence.cached += chunk
+        self.new_tokens += len(tokens)
         ended = []
         for sequence, token, logprob in zip(step.choosing, tokens, logprobs, strict=True):
             sequence.tokens.append(token)

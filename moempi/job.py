@@ -224,7 +224,7 @@ def job_from_table(table: dict[str, Any], path: Path, given: Mapping[str, str] |
     try:
         job = Job.model_validate(table)
     except ValidationError as error:
-        lines = explain(error, known_options(), _required_options())
+        lines = explain(error, known_options(), required_options())
         raise JobError("\n".join(f"{blame(option)}: {line}" for option, line in lines)) from None
     _check_together(job, blame)
     job = _resolve_paths(job, path.resolve().parent, given)
@@ -251,7 +251,8 @@ def _apply(table: dict[str, Any], override: str) -> str:
     return f"{section}.{name}"
 
 
-def _required_options() -> list[str]:
+def required_options() -> list[str]:
+    """Options without a default, as `section.key`."""
     return [
         f"{section}.{key}"
         for section, field in Job.model_fields.items()
@@ -322,10 +323,23 @@ def describe_options() -> list[tuple[str, str, str, str]]:
             extra = entry.json_schema_extra
             unit = str(extra["unit"]) if isinstance(extra, dict) and "unit" in extra else ""
             default = "required" if entry.is_required() else json.dumps(entry.get_default(), default=str)
-            choices = get_args(entry.annotation) if getattr(entry.annotation, "__origin__", None) is Literal else ()
-            shown = f"{default} of {', '.join(map(str, choices))}" if choices else default
+            choices = _choices(entry.annotation)
+            shown = f"{default} of {', '.join(choices)}" if choices else default
             rows.append((f"{section}.{key}", shown, unit, entry.description or ""))
     return rows
+
+
+def choices_of(option: str) -> list[str]:
+    """The values that an option may have, where it has a list of them; else, and of an unknown one, nothing."""
+    section, _, key = option.partition(".")
+    field = Job.model_fields.get(section)
+    entry = field.annotation.model_fields.get(key) if field else None  # type: ignore[union-attr]
+    found = _choices(entry.annotation) if entry else []
+    return found or (["true", "false"] if entry and entry.annotation is bool else [])
+
+
+def _choices(annotation: Any) -> list[str]:
+    return list(map(str, get_args(annotation))) if getattr(annotation, "__origin__", None) is Literal else []
 
 
 def to_toml(job: Job) -> str:

@@ -187,7 +187,10 @@ def _insists(received: list[tuple[int, float]]) -> bool:
 
 
 def _ask_for_drain(process: subprocess.Popen[bytes], grace: float) -> None:
-    _say(f"moempi: stopping: what is done gets committed (up to {grace:g} s); Ctrl-C again ends it at once")
+    _say(
+        f"moempi: stopping: what is done gets committed (up to {grace:g} s), and --resume goes on from there; "
+        "Ctrl-C again ends it at once"
+    )
     process.send_signal(signal.SIGUSR1)
 
 
@@ -232,7 +235,9 @@ def exit_code(returned: int, received: list[tuple[int, float]]) -> int:
 def _say(text: str) -> None:
     """Tell the terminal, which may be gone (SIGHUP)."""
     with suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        # In a terminal rank 0 may have drawn a bar into this line.
+        wipe = "\r\x1b[2K" if sys.stderr.isatty() else ""
+        print(f"{wipe}{text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -106,11 +106,12 @@ def start() -> MPI.Intracomm:
     Raises:
         JobError: no MPI library can be loaded, or the launcher started many ranks that MPI does not connect.
     """
-    MPI = _load(initialize=True)
-    if not MPI.Is_initialized():
-        MPI.Init_thread(MPI.THREAD_FUNNELED)
-    _refuse_singletons(MPI.COMM_WORLD.Get_size(), launched_size(), MPI.Get_library_version())
-    return MPI.COMM_WORLD
+    library = _load(initialize=True)
+    if not library.Is_initialized():
+        library.Init_thread(library.THREAD_FUNNELED)
+    world: MPI.Intracomm = library.COMM_WORLD
+    _refuse_singletons(world.Get_size(), launched_size(), library.Get_library_version())
+    return world
 
 
 def library_version() -> str:
@@ -326,6 +327,7 @@ class Drain:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.answer = ""  # said at once where no launcher says it
 
     @property
     def requested(self) -> bool:
@@ -347,6 +349,9 @@ class Drain:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number in (signal.SIGINT, signal.SIGTERM):
             raise KeyboardInterrupt
+        if self.answer and not self.requested:
+            with contextlib.suppress(OSError):
+                os.write(2, self.answer.encode())
         self.signal = number
 
 

@@ -104,6 +104,11 @@ class Recorder:
             self._count[place] += 1
             self._time[place] += end - begin
 
+    @property
+    def load(self) -> np.ndarray:
+        """Tokens per layer and expert since the last `take`, int64 [L, E]."""
+        return self._load
+
     def routed(self, layer: int, counts: np.ndarray) -> None:
         """The gate of this rank sent counts[e] tokens of a layer to expert e: int [E]."""
         if self._on:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from mpi4py import MPI
@@ -18,12 +20,14 @@ from moempi.generate import generate, generate_in_lockstep
 from moempi.job import Job
 from moempi.mpi import Drain, meet
 from moempi.prepare import Found, assignments, choose_device, look_together, open_output
-from moempi.progress import Progress
+from moempi.progress import Progress, Terminal
 from moempi.report import Outcome, finish
 from moempi.router.router import Router
 from moempi.router.watch import Watch
 from moempi.service import Service
 from moempi.tracing import Tracer
+
+log = logging.getLogger("moempi")
 
 
 def run(
@@ -34,6 +38,7 @@ def run(
     overwrite: bool = False,
     verify: bool = False,
     drain: Drain | None = None,
+    terminal: Terminal | None = None,
     engine_type: type[Engine] = Engine,
 ) -> Outcome:
     """Run a job on the ranks of a communicator. Collective.
@@ -42,6 +47,7 @@ def run(
         resume: go on with what an earlier run of the job has committed.
         overwrite: remove what an earlier run has written.
         verify: recompute the digests of the weights first.
+        terminal: where rank 0 draws its progress; None: it logs lines.
         drain: set by a signal; the job then commits what it has and ends.
         engine_type: for tests, which watch an engine or hold its messages back.
 
@@ -61,10 +67,14 @@ def run(
             rank = build_rank(topology, job, shape, device, tracer.recorder, engine_type)
             router = build_router(comm, job, found, writer)
             engine = rank.engine
-            watch = Watch(rank.control, comm.size, job.engine.stall_timeout, engine.now, engine.waits)
-            service = Service(rank.control, rank.home, router, watch, drain, Progress(job.progress.every))
+            tokens = partial(getattr, rank.home, "new_tokens")
+            watch = Watch(rank.control, comm.size, job.engine.stall_timeout, engine.now, engine.waits, tokens)
+            progress = Progress(job.progress.every, terminal, partial(getattr, tracer.recorder, "load"))
+            service = Service(rank.control, rank.home, router, watch, drain, progress)
             engine.services += [service, tracer]
+            log.info("rank %d of %d is ready, %d thread(s)", comm.rank, comm.size, device.threads)
             seconds = work(comm, rank, service, lockstep=job.exchange.lockstep)
+            log.debug("%d steps, %d expert calls in %.3f s", rank.home.steps, engine.experts.calls, seconds)
             code = drain.exit_code if drain.requested else EXIT_COMMITTED
             return finish(comm, job, rank, tracer, router, found, writer, seconds, code)
 

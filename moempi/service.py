@@ -31,6 +31,7 @@ class Service:
 
     def start(self) -> None:
         """Hand out the first sequences."""
+        self._progress.begin()
         if self._router is not None:
             self._send(self._router.start())
 
@@ -48,8 +49,9 @@ class Service:
             elif self._router is not None:
                 self._send(self._router.handle(source, message))
         if self._router is not None:
-            self._progress.show(self._router)
+            self._progress.show(self._router, self._watch.tokens)
         if self._home.ended:
+            self._progress.clear()
             self._watch.leave()
         self._watch.look()
         return bool(messages)

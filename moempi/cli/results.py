@@ -17,6 +17,11 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise JobError(f"{path}: exists already; give another name, or --overwrite to replace it")
 
 
+def plural(n: int, word: str) -> str:
+    """`1 sequence`, `2 sequences`."""
+    return f"{n:,} {word}{'' if n == 1 else 's'}"
+
+
 def show(table: dict[str, Any], as_json: bool) -> None:
     """Print a table of names and values, for people or as one JSON object; a table inside is indented."""
     click.echo(json.dumps(table, indent=2) if as_json else "\n".join(_lines(table, "")))

@@ -5,39 +5,56 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from moempi import mpi
+from moempi.cli import logs
+from moempi.cli.complete import complete_option
+from moempi.cli.results import plural
 from moempi.errors import EXIT_DONE, JobError
 from moempi.job import Job, load_job, to_toml
+from moempi.progress import TERMINAL, open_terminal, own_terminal, terminal_for_ranks
 
 if TYPE_CHECKING:
     from moempi.report import Outcome
 
+BEGAN = "MOEMPI_BEGAN"  # when `moempi run -n` was given, in s since 1970, for its ranks
 
 @click.command()
 @click.argument("job", type=click.Path(path_type=Path))
 @click.option("-n", "--ranks", type=click.IntRange(1), help="Start mpirun with this many ranks.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override an option of the job.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    shell_complete=complete_option,
+    help="Override an option of the job; paths in it begin at the current folder.",
+)
 @click.option("--resume", is_flag=True, help="Go on where a stopped run of the job ended.")
 @click.option("--overwrite", is_flag=True, help="Replace the output of an earlier run.")
 @click.option("--verify", is_flag=True, help="Recompute the digests of the weights before the run.")
 @click.option("--dry-run", is_flag=True, help="Print the effective job and what each rank will hold, then end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+@click.option("--quiet", is_flag=True, help="No progress, no summary: only warnings, errors, and --json.")
+@click.option("--log-dir", type=click.Path(path_type=Path), help="Write a file of messages per rank into this folder.")
 @click.option("--mpirun", metavar="COMMAND", help="The mpirun that -n starts; by default the one beside this Python.")
 def run(
     job: Path,
     ranks: int | None,
     overrides: tuple[str, ...],
-    resume: bool,
-    overwrite: bool,
-    verify: bool,
     dry_run: bool,
     as_json: bool,
+    quiet: bool,
+    log_dir: Path | None,
     mpirun: str | None,
+    **how: bool,
 ) -> int:
     """Run JOB: completions for a file of prompts.
 
@@ -46,9 +63,10 @@ def run(
     \b
     moempi run jobs/demo.toml -n 16
     mpirun -n 16 moempi run jobs/demo.toml
+    moempi run jobs/demo.toml -n 4 --resume --log-dir logs
     moempi run jobs/demo.toml --dry-run -n 64 --set model.dtype=bfloat16
     """
-    if resume and overwrite:
+    if how["resume"] and how["overwrite"]:
         raise JobError("--resume and --overwrite exclude each other: one keeps the earlier output, one removes it")
     checked = load_job(job, list(overrides))
     if dry_run:
@@ -56,49 +74,79 @@ def run(
     if ranks is not None and mpi.launched_size() > 1:
         raise JobError(f"-n {ranks} starts mpirun, but this is one of {mpi.launched_size()} ranks already: omit -n")
     if ranks is not None:
-        given = {"--resume": resume, "--overwrite": overwrite, "--verify": verify, "--json": as_json}
-        flags = [flag for flag, on in given.items() if on]
-        settings = [part for override in overrides for part in ("--set", override)]
-        return _launch(["run", str(job), *settings, *flags], ranks, checked.run.grace, mpirun)
-    return _run_here(checked, as_json, resume=resume, overwrite=overwrite, verify=verify)
+        given = {**{f"--{name}": on for name, on in how.items()}, "--json": as_json, "--quiet": quiet}
+        words = ["run", str(job), *(part for override in overrides for part in ("--set", override))]
+        words += [flag for flag, on in given.items() if on]
+        words += ["--log-dir", str(log_dir)] if log_dir else []
+        if not quiet:
+            _say(f"starting {plural(ranks, 'rank')} for {job}")
+        return _launch(words, ranks, checked.run.grace, mpirun)
+    return _run_here(checked, Shown(as_json, quiet, log_dir), **how)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a run tells, and where."""
+
+    as_json: bool
+    quiet: bool
+    log_dir: Path | None
 
 
 def _launch(arguments: list[str], ranks: int, grace: float, mpirun: str | None) -> int:
     from moempi.launch import launch, this_program
 
+    # The ranks write into pipes: only this process knows of the terminal behind them, and when it all began.
+    os.environ[TERMINAL] = terminal_for_ranks(sys.stderr, os.environ)
+    os.environ[BEGAN] = repr(time.time())
     return launch(this_program(*arguments), ranks, grace, mpirun)
 
 
-def _run_here(job: Job, as_json: bool, *, resume: bool, overwrite: bool, verify: bool) -> int:
+def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: bool) -> int:
+    began = float(os.environ.get(BEGAN) or time.time())
     if mpi.launched_size() == 1:
         # No launcher stands between this process and the terminal: Ctrl-C drains too.
+        mpi.signals.answer = "\nmoempi: stopping: what is done gets committed, and --resume goes on from there\n"
         mpi.signals.install(signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
     world = mpi.start()
-    _log_from(world.rank)
+    draws = world.rank == 0 and not shown.quiet
+    terminal = (open_terminal(os.environ) or own_terminal(sys.stderr, os.environ)) if draws else None
+    logs.set_up(world.rank, quiet=shown.quiet, folder=shown.log_dir, in_terminal=terminal is not None)
     from moempi.run import run as run_job
 
-    outcome = run_job(world, job, resume=resume, overwrite=overwrite, verify=verify, drain=mpi.signals)
-    if world.rank == 0:
-        click.echo(json.dumps(outcome.as_dict()) if as_json else describe(outcome))
+    try:
+        outcome = run_job(
+            world, job, resume=resume, overwrite=overwrite, verify=verify, drain=mpi.signals, terminal=terminal
+        )
+    except BaseException as error:
+        logs.END.error("%s", mpi.describe(error))
+        raise
+    if world.rank == 0 and shown.as_json:
+        click.echo(json.dumps(outcome.as_dict()))
+    elif world.rank == 0 and not shown.quiet:
+        click.echo(describe(outcome, time.time() - began))
     return outcome.exit_code
 
 
-def _log_from(rank: int) -> None:
-    import logging
-
-    level = logging.INFO if rank == 0 else logging.WARNING
-    logging.basicConfig(level=level, format=f"rank {rank}: %(message)s" if rank else "%(message)s")
+def _say(text: str) -> None:
+    click.echo(f"moempi: {text}", err=True)
 
 
-def describe(outcome: Outcome) -> str:
-    """The last lines of a run, for a person."""
+def describe(outcome: Outcome, seconds: float = 0.0) -> str:
+    """The last lines of a run, for a person.
+
+    Args:
+        seconds: since the command was given.
+    """
     if outcome.already_done:
         return f"nothing to do: {outcome.output} is complete"
     lines = [
-        f"{outcome.finished} of {outcome.sequences} sequences finished, {outcome.new_tokens} new tokens in "
-        f"{outcome.seconds:.2f} s: {outcome.tokens_per_second:.0f} tokens/s "
-        f"({outcome.mode} mode, {outcome.ranks} ranks)",
+        f"{outcome.finished} of {plural(outcome.sequences, 'sequence')} finished, "
+        f"{plural(outcome.new_tokens, 'new token')} in {outcome.seconds:.2f} s: {outcome.tokens_per_second:.0f} "
+        f"tokens/s ({outcome.mode} mode, {plural(outcome.ranks, 'rank')})",
     ]
+    if seconds:
+        lines.append(f"total:  {seconds:.1f} s, with start-up, reading and writing")
     if outcome.exit_code == EXIT_DONE:
         lines.append(f"output: {_nearby(outcome.output)}")
     else:

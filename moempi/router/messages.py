@@ -61,9 +61,10 @@ class End:
 
 @dataclass(frozen=True)
 class Alive:
-    """A rank is there; what it waits for, in words."""
+    """A rank is there; what it waits for, in words, and how many new tokens its home has made."""
 
     waiting: str
+    tokens: int = 0
 
 
 @dataclass(frozen=True)

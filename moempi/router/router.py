@@ -18,6 +18,8 @@ Outgoing = list[tuple[int, ToHome]]  # (rank, message)
 class Router:
     """Admission on demand, and the end of the job.
 
+    `expected` is the number of new tokens that this run comes to, if no further sequence ends early.
+
     Args:
         assignments: every sequence that is not finished yet, by row of the input.
         n_ranks, capacity, policy: which homes there are and what they hold.
@@ -39,6 +41,8 @@ class Router:
         self.new_tokens = 0
         self.draining = self.ended = False
         self.total = len(assignments)
+        self.expected = sum(a.max_new_tokens - len(a.logprobs) for a in assignments.values())
+        self._most = {row: a.max_new_tokens for row, a in assignments.items()}
         self._assignments = dict(assignments)
         self._work = {row: a.n_prompt + a.max_new_tokens for row, a in assignments.items()}
         self._known = {row: len(a.logprobs) for row, a in assignments.items()}  # tokens that were counted already
@@ -83,7 +87,9 @@ class Router:
     def _take_in(self, completions: list[Completion]) -> Outgoing:
         for completion in completions:
             self._keep(completion)
-            self.finished += completion.finish_reason != "partial"
+            if completion.finish_reason != "partial":
+                self.finished += 1
+                self.expected -= self._most[completion.index] - len(completion.tokens)  # it ended early
             self.new_tokens += len(completion.tokens) - self._known[completion.index]
             self._known[completion.index] = len(completion.tokens)
         return self._end() if self.finished == self.total and not self.draining else []

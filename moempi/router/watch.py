@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from moempi.router.control import Control
 
 SIGNS_PER_TIMEOUT = 5
-LONGEST_INTERVAL = 10.0  # seconds
+# Seconds. Signs carry what the progress shows, so they come often; those of many ranks less often, to spare the router.
+LONGEST_INTERVAL = 10.0
+INTERVAL_PER_RANK = 0.01
+SHORTEST_INTERVAL = 1.0
 
 
 class Watch:
@@ -27,13 +30,22 @@ class Watch:
         timeout: seconds of silence that end the job; the interval between two signs comes on top.
         now: a clock (s) that goes on by no more than a second while the process is suspended.
         waiting: what this rank waits for, in words; empty when it waits for no answer.
+        tokens: how many new tokens this rank's home has made.
     """
 
     def __init__(
-        self, control: Control, n_ranks: int, timeout: float, now: Callable[[], float], waiting: Callable[[], str]
+        self,
+        control: Control,
+        n_ranks: int,
+        timeout: float,
+        now: Callable[[], float],
+        waiting: Callable[[], str],
+        tokens: Callable[[], int] = lambda: 0,
     ):
         self._control, self._timeout, self._now, self._waiting = control, timeout, now, waiting
-        self._interval = min(timeout / SIGNS_PER_TIMEOUT, LONGEST_INTERVAL)
+        self._tokens, self._told = tokens, [0] * n_ranks
+        often = min(max(SHORTEST_INTERVAL, INTERVAL_PER_RANK * n_ranks), LONGEST_INTERVAL)
+        self._interval = min(timeout / SIGNS_PER_TIMEOUT, often)
         router = control.rank == 0
         self._heard = dict.fromkeys(range(1, n_ranks), now()) if router else {}
         self._said: dict[int, str] = {}  # what each rank waited for at its last sign
@@ -47,6 +59,12 @@ class Watch:
             self._heard.pop(source)
         else:
             self._heard[source], self._said[source] = self._now(), sign.waiting
+            self._told[source] = sign.tokens
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of all ranks; on rank 0, and of the others as of their last sign."""
+        return self._tokens() + sum(self._told)
 
     def leave(self) -> None:
         """Tell the router not to miss this rank: it has heard of the end."""
@@ -72,7 +90,7 @@ class Watch:
         if self._taken:
             if now - self._sent >= self._interval:
                 self._sent, self._taken = now, False
-                self._control.send(0, Alive(self._waiting()), self._note_taken)
+                self._control.send(0, Alive(self._waiting(), self._tokens()), self._note_taken)
         elif now - self._sent > self._timeout:
             raise StallError(self._report(0, now - self._sent))
 
