@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo docs test lint types unit mpi launch clean distclean
+.PHONY: help setup setup-test demo docs site test lint types unit mpi launch clean distclean
 
 # The Python to build on, and where to.
 PYTHON ?= python3
@@ -41,8 +41,9 @@ limit = $(if $(shell command -v timeout),timeout --foreground -k 10 $(1))
 
 help:
 	@echo "make demo        set up, run jobs/demo.toml on RANKS=$(RANKS) ranks, show what came out"
-	@echo "make test        set up, then lint, types, unit, mpi and launch, each of which is a target too"
-	@echo "make docs        write the tables of docs/ that come from the code"
+	@echo "make test        set up, then lint, types, site, unit, mpi and launch, each of which is a target too"
+	@echo "make docs        write the tables of docs/ and the schema of jobs that come from the code"
+	@echo "make site        build the documentation into build/site; a warning is an error"
 	@echo "make setup       the environment alone, in VENV=$(VENV); setup-test: with what the tests need"
 	@echo "make clean       remove what runs and tests left; distclean: the environment too"
 	@echo
@@ -78,7 +79,11 @@ demo: $(ready) inputs/prompts.h5
 docs: $(ready)-test
 	$(py) tests/unit/test_docs.py
 
-test: lint types unit mpi launch
+# Broken links, pages that are nowhere in the navigation and the like end it.
+site: $(ready)-test
+	NO_MKDOCS_2_WARNING=1 $(call limit,120) $(py) -m mkdocs build --quiet --strict --clean
+
+test: lint types site unit mpi launch
 
 lint: $(ready)-test
 	$(call limit,120) $(py) -m ruff check .

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 BEGAN = "MOEMPI_BEGAN"  # when `moempi run -n` was given, in s since 1970, for its ranks
 
+
 @click.command()
 @click.argument("job", type=click.Path(path_type=Path))
 @click.option("-n", "--ranks", type=click.IntRange(1), help="Start mpirun with this many ranks.")

@@ -96,4 +96,3 @@ def _ask_time(world: MPI.Intracomm) -> Clock:
         if end - begin < 2 * best.error:
             best = Clock((begin + end) // 2 - theirs, -(-(end - begin) // 2))
     return best
-

@@ -1,8 +1,8 @@
 """Completions, and the layout of the outputs file that holds them in input order.
 
-    /tokens int32 [sum], /logprobs float32 [sum], /offsets int64 [n + 1], /finish_reason int8 [n], /ids text
-    /prompt_tokens int32 [sum], /prompt_tokens_offsets int64 [n + 1], /prompt text, /completion text (where known)
-    /identity, /job, /environment, /run, /sources as JSON text; attributes mode, n_sequences
+/tokens int32 [sum], /logprobs float32 [sum], /offsets int64 [n + 1], /finish_reason int8 [n], /ids text
+/prompt_tokens int32 [sum], /prompt_tokens_offsets int64 [n + 1], /prompt text, /completion text (where known)
+/identity, /job, /environment, /run, /sources as JSON text; attributes mode, n_sequences
 """
 
 from __future__ import annotations
@@ -240,4 +240,3 @@ def _texts(file: h5py.File, name: str, rows: slice) -> list[str] | None:
     ends = schema.read_offsets(file, f"{name}_offsets", len(file[name]))
     raw = bytes(np.asarray(_ragged(file[name], ends, rows), dtype=np.uint8))
     return [raw[a:b].decode(errors="replace") for a, b in pairwise(_rebased(ends, rows))]
-

@@ -1,8 +1,8 @@
 """The inputs file (moempi-inputs 1): ragged token sequences with ids, made from JSON lines or by a program.
 
-    /tokens int32 [sum], /offsets int64 [n+1]      sequence i is tokens[offsets[i]:offsets[i+1]]
-    /ids, /text                                    ragged text, in the same order; text only where there is any
-    /max_new_tokens int32 [n]                      0: the job's default
+/tokens int32 [sum], /offsets int64 [n+1]      sequence i is tokens[offsets[i]:offsets[i+1]]
+/ids, /text                                    ragged text, in the same order; text only where there is any
+/max_new_tokens int32 [n]                      0: the job's default
 """
 
 from __future__ import annotations

@@ -17,9 +17,7 @@ from moempi.errors import FitError
 from moempi.model.config import PAGE, ModelConfig
 from moempi.planning.placement import Placement
 
-_WAYS_OUT = (
-    "lower run.capacity, memory.kv_tokens, run.prefill_tokens or exchange.arrival_budget, or raise memory.limit"
-)
+_WAYS_OUT = "lower run.capacity, memory.kv_tokens, run.prefill_tokens or exchange.arrival_budget, or raise memory.limit"
 # Combined in float32, and so are the pieces of a cut expert returned.
 _FLOAT32 = 4
 # Below this many rows an expert call is bound by reading the weights, and a second microbatch reads them twice.
@@ -146,9 +144,7 @@ def _rows_per_token(placement: Placement, top_k: int) -> int:
     return int(np.sort(most, axis=1)[:, -top_k:].sum(axis=1).max())
 
 
-def step_bytes(
-    config: ModelConfig, dtype_bytes: int, capacity: int, max_step_tokens: int, microbatches: int
-) -> int:
+def step_bytes(config: ModelConfig, dtype_bytes: int, capacity: int, max_step_tokens: int, microbatches: int) -> int:
     """Most that activations take: the residual stream of every microbatch, the widest stage of one, and logits."""
     attention = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
     dense = 3 * config.dense_hidden if config.dense_layers else 0

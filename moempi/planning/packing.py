@@ -148,9 +148,7 @@ def _improve(holds: np.ndarray, weight: np.ndarray) -> np.ndarray:
     return holds[:, :-1]
 
 
-def _best_swap(
-    holds: np.ndarray, weight: np.ndarray, load: np.ndarray, fullest: int
-) -> tuple[int, int, int] | None:
+def _best_swap(holds: np.ndarray, weight: np.ndarray, load: np.ndarray, fullest: int) -> tuple[int, int, int] | None:
     """(its expert, other rank, that one's expert): the swap that lowers the fullest rank's load most evenly."""
     mine = np.flatnonzero(holds[fullest])  # [C]
     other, theirs = np.nonzero(holds & ~holds[fullest])  # [P]

@@ -11,25 +11,31 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import h5py
+import jsonschema
+import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from moempi import errors
 from moempi.cli import moempi
 from moempi.job import describe_options, known_options, load_job
+from moempi.job_schema import job_schema
 from moempi.planning.memory import show_bytes
 
 ROOT = Path(__file__).parents[2]
 PLACES = (".", "inputs", "jobs", "benchmarks", "docs", "docs/decisions")
+PAGES = {"contributing.md", "changes.md"}  # of the site only: docs/site_pages.py
 DOCUMENTS = sorted(path for place in PLACES for path in (ROOT / place).glob("*.md"))
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 # What a run, a build or a user makes; it is named in documents and not in the repository.
-MADE = re.compile(r"(out|build|checkpoints?|\.venv)/|inputs/prompts\.h5|(tests/unit|tests/mpi)/test_x\.py")
+MADE = re.compile(r"(out|build|checkpoints?|logs|\.venv)/|inputs/prompts\.h5|(tests/unit|tests/mpi)/test_x\.py")
 PATH = re.compile(r"(?<![\w./<-])(?:[\w.-]+/)+[\w.-]*")
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()}
 BEGIN, END = "<!-- made by `make docs` from moempi/job.py; edit there -->\n", "<!-- end -->"
@@ -272,7 +278,100 @@ def test_what_is_said_of_the_demo_is_so() -> None:
     assert load_job(ROOT / "jobs/demo.toml").output.file == ROOT / "out/demo.h5"
 
 
+# ---------------------------------------------------------------- the site
+
+
+def test_the_site_has_every_document_and_nothing_else() -> None:
+    config = (ROOT / "mkdocs.yml").read_text()
+    shown = set(re.findall(r": ([\w/.-]+\.md)$", config, re.MULTILINE))
+    there = {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
+    assert shown == there | PAGES
+
+
+def test_every_picture_is_used_and_described() -> None:
+    used = dict(re.findall(r"!\[(.+?)\]\(\S*images/([\w.-]+)\)", "".join(d.read_text() for d in DOCUMENTS)))
+    assert set(used.values()) == {path.name for path in (ROOT / "docs/images").iterdir()}
+
+
+# ---------------------------------------------------------------- jobs and their schema
+
+
+def schema_text() -> str:
+    return json.dumps(job_schema(), indent=2) + "\n"
+
+
+def test_the_schema_of_jobs_is_that_of_the_code() -> None:
+    assert (ROOT / "jobs/job.schema.json").read_text() == schema_text(), "jobs/job.schema.json is old: run `make docs`"
+
+
+@pytest.mark.parametrize("job", sorted(ROOT.glob("jobs/*.toml")), ids=lambda path: path.name)
+def test_jobs_fit_the_schema_that_they_name_and_say_what_they_are_for(job: Path) -> None:
+    text = job.read_text()
+    jsonschema.validate(tomllib.loads(text), job_schema())
+    first, second, *_ = text.splitlines()
+    assert first == "#:schema job.schema.json" and second.startswith("# ")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "run.capcity = 3",
+        "rnu.capacity = 3",
+        "run.capacity = 0",
+        'run.capacity = "3"',
+        'model.dtype = "f16"',
+        "memory.limit = true",
+        "placement.file = 3",
+        'run.microbatches = "many"',
+    ],
+)
+def test_the_schema_refuses_what_a_job_refuses(wrong: str) -> None:
+    right = 'model.weights = "w"\ninput.file = "i"\noutput.file = "o"\n'
+    jsonschema.validate(tomllib.loads(f'{right}memory.limit = "1 GiB"\nrun.threads = "auto"'), job_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(tomllib.loads(right + wrong), job_schema())
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from moempi.files.make_inputs import make_inputs
+
+    path = tmp_path_factory.mktemp("prompts") / "prompts.h5"
+    make_inputs(ROOT / "inputs/prompts.jsonl", ROOT / "inputs/tinymoe.h5", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trace with the load that some routing would have left, of the demo's layers and experts."""
+    from moempi.files.trace import Clocks, merge_trace, write_part
+    from moempi.recorder import Recorder
+
+    path = tmp_path_factory.mktemp("trace") / "t.h5"
+    notes = Recorder("summary", 0, 1, 6, 16, 2)
+    for layer in range(1, 6):
+        notes.routed(layer, np.arange(16) * layer)
+    about = {**notes.describe(), "mode": "exact", "job": "{}", "start": 0, "offset": 0, "error": 0}
+    write_part(path, 0, 1, notes.take(), about)
+    clocks = Clocks(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
+    merge_trace(path, "{}", {}, clocks=clocks, ranks=[{"node": 0}], meta={**notes.describe(), "mode": "exact"})
+    return path
+
+
+@pytest.mark.parametrize("ranks", [1, 4, 16])
+@pytest.mark.parametrize("job", sorted(ROOT.glob("jobs/*.toml")), ids=lambda path: path.name)
+def test_jobs_fit_the_model_and_ranks_that_they_are_for(job: Path, ranks: int, prompts: Path, measured: Path) -> None:
+    overrides = [f"input.file={prompts}"]
+    if load_job(job).placement.load is not None:
+        overrides.append(f"placement.load={measured}")
+    arguments = [part for override in overrides for part in ("--set", override)]
+    done = CliRunner().invoke(moempi, ["run", str(job), "--dry-run", "-n", str(ranks), *arguments])
+    assert done.exit_code == 0, done.exception
+    assert f"on {ranks} ranks" in done.output or ranks == 1
+
+
 if __name__ == "__main__":
     jobs = ROOT / "docs/jobs.md"
     jobs.write_text(with_options_table(jobs.read_text()))
-    print(f"{jobs}: {len(known_options())} options")
+    (ROOT / "jobs/job.schema.json").write_text(schema_text())
+    print(f"{jobs} and jobs/job.schema.json: {len(known_options())} options")
