@@ -20,6 +20,7 @@ EXTRAS ?=
 RANKS ?= 16
 # What the demo job writes, and the completions of it that are shown.
 DEMO_OUT := out/demo.h5
+DEMO_AGAIN := out/again.h5
 DEMO_IDS := verse-03 verse-04 code-04 code-12
 
 export PYTHON VENV_FLAGS
@@ -66,14 +67,38 @@ inputs/prompts.h5: inputs/prompts.jsonl inputs/tinymoe.h5 | $(ready)
 	$(moempi) inputs make inputs/prompts.jsonl inputs/tinymoe.h5 $@ --overwrite
 
 demo: $(ready) inputs/prompts.h5
+	@echo
+	@echo "1. 68 prompts, verse and code. 16 experts a layer, one on each of $(RANKS) ranks; every rank generates, and sends"
+	@echo "   each token to the two experts that its gate chose, wherever they are."
+	@echo
 	$(moempi) run jobs/demo.toml -n $(RANKS) --overwrite
+	@echo
+	@echo "2. What came out (> marks the completions). The model is tiny: it babbles, in the right language."
 	@echo
 	$(moempi) outputs show $(DEMO_OUT) $(addprefix --id ,$(DEMO_IDS))
 	@echo
+	@echo "3. The experts are not used alike: where E ranks hold one expert each, the busiest one sets the pace."
+	@echo
 	$(moempi) trace summary $(DEMO_OUT:.h5=.trace.h5) --only load
 	@echo
-	@echo "All of it:   $(moempi) outputs show $(DEMO_OUT) -n 68"
-	@echo "Where the time went, and who sent what to whom:   $(moempi) trace summary $(DEMO_OUT:.h5=.trace.h5)"
+	@echo "4. The same job on 2 ranks, eight experts each, shuffled: the same bits, whatever the layout."
+	@echo
+	$(moempi) run jobs/demo.toml -n 2 --overwrite --quiet --set output.file=$(DEMO_AGAIN) \
+	  --set placement.strategy=random --set run.capacity=34 --set trace.level=routes
+	$(moempi) outputs compare $(DEMO_OUT) $(DEMO_AGAIN)
+	@echo
+	@echo "5. And the trace knows every token's experts: some know verse, others code. Nobody told them to."
+	@echo
+	$(moempi) trace specialists $(DEMO_AGAIN:.h5=.trace.h5)
+	@echo
+	@echo "Go on (after: . $(VENV)/bin/activate):"
+	@echo "  your own model    moempi weights import CHECKPOINT-FOLDER model.h5        (Qwen3-MoE, safetensors)"
+	@echo "  your own prompts  moempi inputs make my-prompts.jsonl model.h5 my-prompts.h5"
+	@echo "  before you start  moempi run jobs/demo.toml --dry-run -n 64               (what each rank will hold)"
+	@echo "  where time went   moempi trace summary $(DEMO_OUT:.h5=.trace.h5)"
+	@echo "  as pictures       moempi trace plot $(DEMO_OUT:.h5=.trace.h5) --what timeline --out timeline.png   (needs matplotlib)"
+	@echo "  this machine      moempi doctor"
+	@echo "  all of it         docs/index.md"
 
 # The tables in docs that are made from the code; a test says when they are old.
 docs: $(ready)-test

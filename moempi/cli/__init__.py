@@ -16,7 +16,7 @@ VERBS = {
     "job": "Describe the job file: a schema for editors.",
     "weights": "Import, export, make and describe weights files.",
     "inputs": "Make and describe files of prompts.",
-    "outputs": "Show and merge files of completions.",
+    "outputs": "Show, compare and merge files of completions.",
     "trace": "Say and draw where every token and every microsecond went.",
 }
 

@@ -15,7 +15,10 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 @click.group(cls=Group)
 def inputs() -> None:
-    """Make and describe files of prompts."""
+    """Make and describe files of prompts.
+
+    Example: moempi inputs make inputs/prompts.jsonl inputs/tinymoe.h5 inputs/prompts.h5
+    """
 
 
 @inputs.command()

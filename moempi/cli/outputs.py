@@ -1,4 +1,4 @@
-"""`moempi outputs`: show, merge."""
+"""`moempi outputs`: show, merge, compare."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moempi.cli.groups import Group
+from moempi.cli.results import plural
+from moempi.errors import EXIT_DONE, EXIT_FAILED
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from moempi.files.compare_outputs import Difference
     from moempi.files.completions import Head, Origin
     from moempi.files.output_parts import Decode
     from moempi.files.outputs import Shard
@@ -25,7 +28,10 @@ _SHOWN = 10  # sequences that are displayed unless asked for more
 
 @click.group(cls=Group)
 def outputs() -> None:
-    """Show and merge files of completions."""
+    """Show and merge files of completions.
+
+    Example: moempi outputs show out/demo.h5 -n 3
+    """
 
 
 @outputs.command()
@@ -71,7 +77,44 @@ def merge(out: Path, files: tuple[Path, ...], overwrite: bool, as_json: bool) ->
     if as_json:
         click.echo(json.dumps({"file": str(out), "merged_files": len(files), "sequences": n}))
     else:
-        click.echo(f"{out}: {n} sequences of {len(files)} files")
+        click.echo(f"{out}: {plural(n, 'sequence')} of {plural(len(files), 'file')}")
+
+
+@outputs.command()
+@click.argument("first", type=_PATH)
+@click.argument("second", type=_PATH)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def compare(first: Path, second: Path, as_json: bool) -> int:
+    """Say whether FIRST and SECOND have the same tokens and log-probabilities, bit for bit.
+
+    Sequences are matched by id. Ends with 1 where anything differs, or only one of the two has a sequence.
+
+    Example: moempi outputs compare out/demo.h5 out/again.h5
+    """
+    from dataclasses import asdict
+
+    from moempi.files.compare_outputs import compare as find
+    from moempi.files.outputs import read_outputs
+
+    a, b = read_outputs(first), read_outputs(second)
+    differences, alone = find(a, b)
+    same = not differences and not alone
+    if as_json:
+        click.echo(json.dumps({"same": same, "differences": [asdict(one) for one in differences], "alone": alone}))
+    elif same:
+        tokens = plural(len(a.tokens), "new token")
+        click.echo(f"the same, bit for bit: {plural(len(a.ids), 'sequence')}, {tokens} and their log-probabilities")
+    else:
+        click.echo("\n".join(_told(len(a.ids), differences, alone)))
+    return EXIT_DONE if same else EXIT_FAILED
+
+
+def _told(n: int, differences: list[Difference], alone: list[str]) -> list[str]:
+    lines = [f"{len(differences)} of {plural(n, 'sequence')} differ"] if differences else []
+    lines += [f"  {one.id}: {one.what} {one.position} is the first that differs" for one in differences[:_SHOWN]]
+    lines += ["  ..."] if len(differences) > _SHOWN else []
+    names = ", ".join(alone[:_SHOWN]) + (", ..." if len(alone) > _SHOWN else "")
+    return [*lines, f"only in one of the two: {names}"] if alone else lines
 
 
 # ---------------------------------------------------------------- sequence by sequence
@@ -121,15 +164,15 @@ def _display(shard: Shard, rows: Sequence[int], *, say_more: bool) -> None:
 def _title(head: Head) -> str:
     total, done, partial = head.origin.n_sequences, head.finished, len(head.ids) - head.finished
     mode = f", mode {head.mode}" if head.mode else ""
-    counts = f"{total} sequences" if done == total else f"{done} of {total} sequences finished, {partial} partly"
+    counts = plural(total, "sequence") if done == total else f"{done} of {total} sequences finished, {partial} partly"
     names = "" if head.ids_known else "; the input is not where the job says, or has changed: rows instead of ids"
-    return f"{head.path}: {counts}, {int(head.lengths.sum())} new tokens{mode}{names}"
+    return f"{head.path}: {counts}, {plural(int(head.lengths.sum()), 'new token')}{mode}{names}"
 
 
 def _display_sequence(console: Console, sequence: dict[str, Any]) -> None:
     from rich.text import Text
 
-    title = f"{sequence['id']}  ({len(sequence['tokens'])} new tokens, {sequence['finish_reason']})"
+    title = f"{sequence['id']}  ({plural(len(sequence['tokens']), 'new token')}, {sequence['finish_reason']})"
     console.print()
     console.print(Text(printable(title), style="bold cyan"))
     if sequence["completion"] is None:

@@ -1,4 +1,4 @@
-"""`moempi trace`: summary, plot."""
+"""`moempi trace`: summary, specialists, plot."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moempi.cli.groups import Group
+from moempi.cli.specialists import specialists
 from moempi.errors import JobError
 
 if TYPE_CHECKING:
@@ -25,7 +26,10 @@ _LINKS_SHOWN = 10
 
 @click.group(cls=Group)
 def trace() -> None:
-    """Say where every token and every microsecond went."""
+    """Say where every token and every microsecond went.
+
+    Example: moempi trace summary out/demo.trace.h5
+    """
 
 
 @trace.command()
@@ -127,6 +131,9 @@ def _add_traffic(table: Table, kind: str, source: str, destination: str, rows: l
     total = {name: sum(row[name] for row in rows) for name in ("rows", "bytes", "messages")}
     numbers = (f"{total['rows']:,}", f"{total['bytes'] / 1e6:,.3f}", f"{total['messages']:,}")
     table.add_row(kind, source, destination, *numbers)
+
+
+trace.add_command(specialists)
 
 
 @trace.command()

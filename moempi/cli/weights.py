@@ -16,7 +16,10 @@ _overwrite = click.option("--overwrite", is_flag=True, help="Replace what is the
 
 @click.group(cls=Group)
 def weights() -> None:
-    """Import, export, make and describe weights files."""
+    """Import, export, make and describe weights files.
+
+    Example: moempi weights info inputs/tinymoe.h5
+    """
 
 
 @weights.command("import")

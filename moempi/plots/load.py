@@ -11,6 +11,7 @@ from moempi.errors import DataError
 from moempi.plots.picture import MOST_LABELS, draw_matrix, label_ticks, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -40,8 +41,8 @@ def load_figure(trace: analysis.Trace) -> Figure:
     return figure
 
 
-def _frame(axes: object, columns: list[int]) -> None:
+def _frame(axes: Axes, columns: list[int]) -> None:
     from matplotlib.patches import Rectangle
 
     for row, column in enumerate(columns):
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=1.4))  # type: ignore[attr-defined]
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=1.4))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FORMATS = (".png", ".svg", ".pdf")
 SHADES = "Blues"  # darker is more; luminance falls evenly, so that it survives a grey printer
 MOST_LABELS = 16  # cells of a row that get their number written in
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.titlesize": 10,
     "svg.fonttype": "none",

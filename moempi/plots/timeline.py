@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MOST_LANES = 32
 _HATCHES = ("", "", "xxxx", "////", "....", "")
 _SHADES = "cividis_r"
-_LEVELS = (0.95, 0.62, 0.45, 0.3, 0.15, 0.0)  # of the shades: neighbours in the legend differ in luminance
+_LEVELS = (0.95, 0.58, 0.45, 0.3, 0.15, 0.0)  # of the shades: neighbours in the legend differ in luminance
 
 
 def timeline_figure(trace: analysis.Trace, window: Window) -> Figure:
@@ -47,8 +47,8 @@ def _draw_work(axes: Axes, spans: dict[str, np.ndarray], window: Window, unit: f
 
     for (kind, rows), hatch, level in zip(spans.items(), _HATCHES, _LEVELS, strict=True):
         colour = colormaps[_SHADES](level) if kind != "idle" else (0.9, 0.9, 0.9, 1.0)
-        style = {"facecolor": colour, "edgecolor": "black", "hatch": hatch}
-        axes.add_collection(PolyCollection(_boxes(rows, window, unit), linewidth=0.25, label=kind, **style))
+        style: dict[str, Any] = {"facecolor": colour, "edgecolor": "black", "hatch": hatch}
+        axes.add_collection(PolyCollection(list(_boxes(rows, window, unit)), linewidth=0.25, label=kind, **style))
 
 
 def _boxes(rows: np.ndarray, window: Window, unit: float) -> np.ndarray:

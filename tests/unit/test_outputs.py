@@ -600,3 +600,41 @@ def test_merge_refuses_duplicates_modes_and_existing_files(tmp_path: Path) -> No
     with pytest.raises(DataError, match="no such file, and no commits"):
         merge_outputs(out, [tmp_path / "none.h5"])
     assert not out.exists()
+
+
+# ---------------------------------------------------------------- compared
+
+
+def test_compare_finds_the_first_difference_of_every_sequence(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from moempi.files.compare_outputs import Difference, compare
+
+    write_whole(tmp_path / "a.h5", 4)
+    a = read_outputs(tmp_path / "a.h5")
+    assert compare(a, a) == ([], [])
+    begin = a.offsets[:-1].tolist()
+    tokens, logprobs = a.tokens.copy(), a.logprobs.copy()
+    tokens[begin[1]] += 1
+    logprobs[begin[2]] = np.nextafter(logprobs[begin[2]], np.float32(9))  # the smallest step
+    b = replace(a, tokens=tokens, logprobs=logprobs)
+    assert compare(a, b) == ([Difference("p1", 0, "token"), Difference("p2", 0, "logprob")], [])
+    shorter = replace(a, ids=["p0", "x", "p2", "p3"])
+    assert compare(a, shorter) == ([], ["p1", "x"])
+
+
+def test_the_command_compares_and_ends_with_1_where_anything_differs(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from moempi.cli.outputs import outputs
+
+    write_whole(tmp_path / "a.h5", 3)
+    write_whole(tmp_path / "b.h5", 4)
+    said = {}
+    for name in ("a", "b"):
+        done = CliRunner().invoke(
+            outputs, ["compare", str(tmp_path / "a.h5"), str(tmp_path / f"{name}.h5")], standalone_mode=False
+        )
+        said[name] = (done.return_value, done.output)
+    assert said["a"][0] == 0 and said["a"][1].startswith("the same, bit for bit: 3 sequences, ")
+    assert said["b"] == (1, "only in one of the two: p3\n")

@@ -182,3 +182,34 @@ def test_matplotlib_is_loaded_only_to_draw() -> None:
     for module in source.glob("*.py"):
         outside = [line for line in module.read_text().splitlines() if line.startswith(("import", "from"))]
         assert not any("matplotlib" in line for line in outside), module
+
+
+# ---------------------------------------------------------------- specialists
+
+
+def test_specialists_by_hand() -> None:
+    from moempi.analysis.specialists import Specialist, specialists
+
+    load = np.zeros((2, 3, 4), dtype=np.int64)  # groups, layers, experts
+    load[0, 1], load[1, 1] = [6, 2, 2, 0], [1, 1, 1, 1]
+    load[0, 2], load[1, 2] = [1, 0, 0, 0], [0, 0, 0, 0]
+    assert specialists(["verse", "code"], load) == [
+        Specialist(1, "verse", 0, 0.6, 0.25),
+        Specialist(1, "code", 3, 0.25, 0.0),
+        Specialist(2, "verse", 0, 1.0, 0.0),
+        Specialist(2, "code", 1, 0.0, 0.0),
+    ]
+
+
+def test_load_by_group_adds_up_to_the_routes(tmp_path: Path) -> None:
+    from moempi.analysis.specialists import load_by_group
+
+    notes = recorder("routes")
+    experts, weights = np.array([[0, 1], [1, 4], [0, 3]], dtype=np.int16), np.ones((3, 2), np.float32)
+    notes.routes(2, 0, 1, np.array([0, 2, 1]), np.zeros(3, np.int32), experts, weights)
+    about = {**notes.describe(), "mode": "exact", "job": "{}", "start": 1000, "offset": 0, "error": 0}
+    write_part(tmp_path / "t.h5", 0, 1, notes.take(), about)
+    merge(tmp_path / "t.h5", "routes")
+    names, load = load_by_group(analysis.load(tmp_path / "t.h5"), ["b", "a", "b"])
+    assert names == ["b", "a"] and load.sum() == 6
+    assert load[0, 2].tolist() == [1, 2, 0, 0, 1] and load[1, 2].tolist() == [1, 0, 0, 1, 0]
