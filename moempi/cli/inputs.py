@@ -17,7 +17,8 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 def inputs() -> None:
     """Make and describe files of prompts.
 
-    Example: moempi inputs make inputs/prompts.jsonl inputs/tinymoe.h5 inputs/prompts.h5
+    \b
+    moempi inputs make inputs/prompts.jsonl inputs/tinymoe.h5 inputs/prompts.h5
     """
 
 
@@ -31,10 +32,13 @@ def make(prompts: Path, weights: Path, out: Path, overwrite: bool, as_json: bool
     """Tokenize PROMPTS (JSON lines) with the tokenizer in WEIGHTS and write the inputs file OUT.
 
     \b
-    Each line: {"id": "a", "prompt": "some text"} or {"id": "b", "tokens": [1, 2, 3]},
-    and "max_new_tokens": 20 where the job's default is not meant.
+    {"id": "a", "prompt": "some text"}                  tokenized
+    {"id": "b", "tokens": [17, 4, 201]}                 taken as they are
+    {"id": "c", "prompt": "ROMEO:", "max_new_tokens": 20}
+                                                        not what the job says
 
-    Example: moempi inputs make inputs/prompts.jsonl inputs/tinymoe.h5 inputs/prompts.h5
+    \b
+    moempi inputs make inputs/prompts.jsonl inputs/tinymoe.h5 inputs/prompts.h5
     """
     refuse_existing(out, overwrite)
     from moempi.files.inputs import info

@@ -31,7 +31,7 @@ def set_up(rank: int, *, quiet: bool, folder: Path | None, in_terminal: bool) ->
     handlers: list[logging.Handler] = [screen]
     if folder is not None:
         handlers.append(_file(folder, rank))
-    logging.basicConfig(level=logging.INFO, handlers=handlers)
+    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
     logging.getLogger("moempi").setLevel(logging.DEBUG)
 
 

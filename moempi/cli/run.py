@@ -151,7 +151,7 @@ def describe(outcome: Outcome, seconds: float = 0.0) -> str:
     if outcome.exit_code == EXIT_DONE:
         lines.append(f"output: {_nearby(outcome.output)}")
     else:
-        lines.append(f"stopped early and committed; go on with --resume (exit code {outcome.exit_code})")
+        lines.append("stopped early and committed; go on with --resume")
     if outcome.trace is not None:
         lines.append(f"trace:  {_nearby(outcome.trace)}")
     return "\n".join(lines)

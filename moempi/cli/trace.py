@@ -150,7 +150,8 @@ def plot(file: Path, what: str, out: Path, begin: float | None, length: float | 
 
     \b
     moempi trace plot out/demo.trace.h5 --out load.png
-    moempi trace plot out/demo.trace.h5 --what timeline --begin 2.5 --length 0.05 --out timeline.svg
+    moempi trace plot out/demo.trace.h5 --what timeline --out timeline.svg
+    moempi trace plot t.h5 --what timeline --begin 2.5 --length 0.05 --out a.png
     """
     from moempi.plots.picture import check_target, save
 

@@ -114,9 +114,7 @@ def test_shells_get_a_script(shell: str) -> None:
     environment = {**os.environ, "_MOEMPI_COMPLETE": f"{shell}_source"}
     if shell == "bash" and not _bash_is_new_enough():
         pytest.skip("click completes for bash 4.4 or newer")
-    done = subprocess.run(
-        [sys.executable, "-m", "moempi"], env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-m", "moempi"], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "_MOEMPI_COMPLETE" in done.stdout, done.stderr
 
 

@@ -42,7 +42,8 @@ BEGIN, END = "<!-- made by `make docs` from moempi/job.py; edit there -->\n", "<
 
 
 def code_of(text: str) -> Iterator[str]:
-    """Lines of indented or fenced blocks, and what stands between backticks."""
+    """Lines of indented or fenced blocks, and what stands between backticks; a line that goes on is one."""
+    text = re.sub(r"\\\n\s*", "", text)
     for paragraph in re.split(r"\n(?=    )|\n(?=\S)", text):
         if paragraph.startswith("    "):
             yield from (line.strip() for line in paragraph.splitlines())

@@ -189,7 +189,7 @@ def test_a_file_of_no_prompts(tmp_path: Path) -> None:
 LINES = {
     "no JSON": ("{", "line 2: not valid JSON"),
     "no object": ([1], "line 2: holds a JSON list"),
-    "no id": ({"prompt": "x"}, "line 2: id = None"),
+    "no id": ({"prompt": "x"}, "line 2: has no .id.; every prompt needs one"),
     "empty id": ({"id": "", "prompt": "x"}, "line 2: id = ''"),
     "bool id": ({"id": True, "prompt": "x"}, "line 2: id = True"),
     "duplicate": ({"id": "a", "prompt": "x"}, r"line 2: id 'a' is taken: see .*p\.jsonl: line 1"),
