@@ -95,6 +95,7 @@ class Progress:
         share = busiest_share(self._load())
         state = State(counts.finished, counts.total, tokens, counts.expected, now - self._begin, share)
         if self._terminal:
+            self._drawn = True
             self._write(self._terminal, CLEAR + bar(state, self._terminal.columns))
         else:
             log.info("%s", line(state))
@@ -102,10 +103,10 @@ class Progress:
     def clear(self) -> None:
         """Wipe the bar."""
         if self._terminal and self._drawn:
+            self._drawn = False
             self._write(self._terminal, CLEAR)
 
     def _write(self, terminal: Terminal, text: str) -> None:
-        self._drawn = True
         try:
             terminal.stream.write(text)
             terminal.stream.flush()

@@ -15,7 +15,9 @@ MARKS = " .:-=+*#%@"
 
 def plain_table(title: str, *columns: str) -> Table:
     """A table without frames, so that sixteen narrow columns fit a terminal of 80 characters."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    # A title may be longer than its table is wide: it stays in its line.
+    heading = Text(title, style="bold", no_wrap=True, overflow="ignore")
+    table = Table(title=heading, title_justify="left", title_style="", box=SIMPLE_HEAD)
     table.show_edge, table.pad_edge, table.padding = False, False, (0, 0, 0, 1)
     for column in columns:
         table.add_column(column, justify="right")

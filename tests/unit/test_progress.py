@@ -109,6 +109,7 @@ def test_a_bar_is_redrawn_in_its_line_and_wiped_at_the_end(caplog: pytest.LogCap
     for clock.now in (100.1, 100.3, 100.4, 101.0):
         shown.show(Counts(), 0)
     shown.clear()
+    shown.clear()
     text = screen.getvalue()
     assert text.count(CLEAR) == 3 and text.endswith(CLEAR) and "\n" not in text and "10 tokens" in text
     assert not caplog.records

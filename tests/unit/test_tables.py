@@ -15,7 +15,7 @@ from rich.table import Table
 from test_outputs import write_whole
 from test_trace import merge, write_ranks
 
-from moempi.cli.load_table import MOST_MARKS, bar, load_table, percents
+from moempi.cli.load_table import MOST_MARKS, bar, load_table, percents, plain_table
 from moempi.cli.outputs import outputs
 from moempi.cli.run import run
 from moempi.cli.trace import trace
@@ -72,6 +72,12 @@ def test_a_bar_has_a_mark_for_every_expert_or_for_the_busiest_of_neighbours() ->
     load = [0] * 80
     load[79] = 3
     assert bar(load) == " " * (MOST_MARKS - 1) + "@"
+
+
+def test_a_title_that_is_longer_than_its_table_stays_in_one_line() -> None:
+    table = plain_table("Some title that is longer than the table below it", "a", "b")
+    table.add_row("1", "2")
+    assert printed(table).splitlines()[0].rstrip() == "Some title that is longer than the table below it"
 
 
 def test_the_load_of_a_run_that_routed_nothing_is_an_empty_table() -> None:
