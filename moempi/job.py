@@ -218,7 +218,13 @@ def job_from_table(table: dict[str, Any], path: Path, given: Mapping[str, str] |
     given = given or {}
 
     def blame(*options: str) -> str:
-        overrides = [f"--set {given[option]}" for option in options if option in given]
+        # An unknown section is named without a key.
+        overrides = [
+            f"--set {override}"
+            for option in options
+            for name, override in given.items()
+            if name == option or name.startswith(f"{option}.")
+        ]
         return " ".join(overrides) or str(path)
 
     try:

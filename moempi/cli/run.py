@@ -79,9 +79,7 @@ def run(
         words = ["run", str(job), *(part for override in overrides for part in ("--set", override))]
         words += [flag for flag, on in given.items() if on]
         words += ["--log-dir", str(log_dir)] if log_dir else []
-        if not quiet:
-            _say(f"starting {plural(ranks, 'rank')} for {job}")
-        return _launch(words, ranks, checked.run.grace, mpirun)
+        return _launch(words, ranks, checked.run.grace, mpirun, "" if quiet else f"{plural(ranks, 'rank')} for {job}")
     return _run_here(checked, Shown(as_json, quiet, log_dir), **how)
 
 
@@ -94,9 +92,12 @@ class Shown:
     log_dir: Path | None
 
 
-def _launch(arguments: list[str], ranks: int, grace: float, mpirun: str | None) -> int:
-    from moempi.launch import launch, this_program
+def _launch(arguments: list[str], ranks: int, grace: float, mpirun: str | None, what: str) -> int:
+    from moempi.launch import find_mpirun, launch, this_program
 
+    find_mpirun(mpirun, os.environ)  # before anything is said
+    if what:
+        click.echo(f"moempi: starting {what}", err=True)
     # The ranks write into pipes: only this process knows of the terminal behind them, and when it all began.
     os.environ[TERMINAL] = terminal_for_ranks(sys.stderr, os.environ)
     os.environ[BEGAN] = repr(time.time())
@@ -127,10 +128,6 @@ def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: 
     elif world.rank == 0 and not shown.quiet:
         click.echo(describe(outcome, time.time() - began))
     return outcome.exit_code
-
-
-def _say(text: str) -> None:
-    click.echo(f"moempi: {text}", err=True)
 
 
 def describe(outcome: Outcome, seconds: float = 0.0) -> str:

@@ -70,8 +70,10 @@ class Screen:
     def wait_for(self, pattern: str, timeout: float = 90) -> str:
         end = time.monotonic() + timeout
         while not re.search(pattern, self.text):
-            assert time.monotonic() < end, f"{pattern!r} did not come:\n{self.text}"
+            ended = self.process.poll() is not None
             time.sleep(0.02)
+            late = time.monotonic() > end or (ended and not re.search(pattern, self.text))
+            assert not late, f"{pattern!r} did not come:\n{self.text}"
         return self.text
 
     def __enter__(self) -> Screen:
@@ -102,7 +104,7 @@ def test_a_terminal_gets_a_bar_that_is_gone_at_the_end(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_says_at_once_how_to_go_on(tmp_path: Path) -> None:
-    job = write_job(tmp_path, 4000)
+    job = write_job(tmp_path, 1000)
     with Screen(moempi(job, "-n", "2")) as screen:
         screen.wait_for(r"/8 seqs  [\d,]*[1-9]\d* tokens")
         begin = time.monotonic()
@@ -114,7 +116,7 @@ def test_ctrl_c_says_at_once_how_to_go_on(tmp_path: Path) -> None:
 
 
 def test_one_process_alone_says_so_too(tmp_path: Path) -> None:
-    job = write_job(tmp_path, 4000)
+    job = write_job(tmp_path, 1000)
     with Screen(moempi(job)) as screen:
         screen.wait_for("/8 seqs")
         screen.process.send_signal(signal.SIGINT)
