@@ -81,17 +81,17 @@ class Progress:
         self._begin = self._now()
         self._next = self._begin + self._every
 
-    def show(self, counts: Counts, tokens: int) -> None:
+    def show(self, counts: Counts, count_tokens: Callable[[], int]) -> None:
         """Draw or log how far the job is, if it is time.
 
         Args:
-            tokens: new tokens of all ranks, as far as they have told.
+            count_tokens: new tokens of all ranks, as far as they have told; asked for only when something is shown.
         """
         now = self._now()
         if now < self._next:
             return
         self._next = now + self._every
-        tokens = max(tokens, counts.new_tokens)
+        tokens = max(count_tokens(), counts.new_tokens)
         share = busiest_share(self._load())
         state = State(counts.finished, counts.total, tokens, counts.expected, now - self._begin, share)
         if self._terminal:

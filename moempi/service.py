@@ -49,7 +49,7 @@ class Service:
             elif self._router is not None:
                 self._send(self._router.handle(source, message))
         if self._router is not None:
-            self._progress.show(self._router, self._watch.tokens)
+            self._progress.show(self._router, self._watch.count_tokens)
         if self._home.ended:
             self._progress.clear()
             self._watch.leave()

@@ -61,8 +61,7 @@ class Watch:
             self._heard[source], self._said[source] = self._now(), sign.waiting
             self._told[source] = sign.tokens
 
-    @property
-    def tokens(self) -> int:
+    def count_tokens(self) -> int:
         """New tokens of all ranks; on rank 0, and of the others as of their last sign."""
         return self._tokens() + sum(self._told)
 

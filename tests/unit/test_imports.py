@@ -15,12 +15,21 @@ PACKAGE = Path(__file__).parents[2] / "moempi"
 MPI = ("moempi.exchange", "moempi.router", "moempi.run", "moempi.mpi")
 CUPY = ("moempi.device.cuda",)
 # Used on login nodes, and by people who have a trace or a plan and no MPI.
-WITHOUT_MPI = ("moempi.planning", "moempi.analysis", "moempi.job", "moempi.cli", "moempi.slurm", "moempi.files")
+WITHOUT_MPI = (
+    "moempi.planning",
+    "moempi.analysis",
+    "moempi.plots",
+    "moempi.job",
+    "moempi.cli",
+    "moempi.slurm",
+    "moempi.files",
+)
 # Loading torch takes seconds: nothing of this does, until it is told to do something that needs it.
 WITHOUT_TORCH = (
     "moempi.__main__",
     "moempi.analysis",
     "moempi.cli",
+    "moempi.doctor",
     "moempi.errors",
     "moempi.exchange.plan",
     "moempi.exchange.slots",
@@ -32,17 +41,21 @@ WITHOUT_TORCH = (
     "moempi.files.schema",
     "moempi.files.trace",
     "moempi.job",
+    "moempi.job_errors",
+    "moempi.job_schema",
     "moempi.launch",
     "moempi.layout",
     "moempi.mpi",
     "moempi.planning",
+    "moempi.plots",
+    "moempi.progress",
     "moempi.recorder",
     "moempi.router",
     "moempi.slurm",
     "moempi.threads",
 )
 # Tools that know nothing of a run.
-OFFLINE = ("moempi.planning", "moempi.analysis")
+OFFLINE = ("moempi.planning", "moempi.analysis", "moempi.plots")
 OF_A_RUN = ("moempi.run", "moempi.build", "moempi.prepare", "moempi.home", "moempi.layer", "moempi.router")
 
 

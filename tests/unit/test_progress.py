@@ -94,7 +94,7 @@ def test_lines_come_every_so_often(caplog: pytest.LogCaptureFixture) -> None:
     shown = Progress(10.0, now=clock)
     caplog.set_level(logging.INFO, "moempi")
     for clock.now in (105.0, 109.9, 110.0, 112.0, 119.0, 121.0):
-        shown.show(Counts(), 20)
+        shown.show(Counts(), lambda: 20)
     assert [record.message for record in caplog.records] == [
         "1 of 4 sequences, 20 new tokens, 2 tokens/s, about 10 s left",
         "1 of 4 sequences, 20 new tokens, 1 tokens/s, about 21 s left",
@@ -107,7 +107,7 @@ def test_a_bar_is_redrawn_in_its_line_and_wiped_at_the_end(caplog: pytest.LogCap
     shown = Progress(10.0, Terminal(screen, 80), now=clock)
     shown.clear()
     for clock.now in (100.1, 100.3, 100.4, 101.0):
-        shown.show(Counts(), 0)
+        shown.show(Counts(), lambda: 0)
     shown.clear()
     shown.clear()
     text = screen.getvalue()
@@ -120,7 +120,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_job() -> None:
     shown = Progress(10.0, Terminal(screen, 80), now=clock)
     screen.close()
     clock.now = 101.0
-    shown.show(Counts(), 0)
+    shown.show(Counts(), lambda: 0)
     shown.clear()
 
 

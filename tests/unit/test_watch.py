@@ -74,3 +74,29 @@ def test_nobody_is_missed_who_has_left() -> None:
     leaving.watch.leave()
     leaving.look(1000.0)
     assert [message for message, _ in leaving.sent] == [Left()]
+
+
+def test_signs_carry_the_tokens_that_ranks_have_made() -> None:
+    router, other = Side(0), Side(1)
+    router.watch.hear(1, Alive("", 5))
+    router.watch.hear(2, Alive("", 7))
+    router.watch.hear(1, Alive("", 9))
+    router.watch.hear(2, Left())
+    assert router.watch.count_tokens() == 9 + 7
+    made = [0]
+    other.watch = Watch(other, 3, 5.0, lambda: other.now, lambda: "", lambda: made[0])  # type: ignore[arg-type]
+    made[0] = 12
+    other.look(1.2)
+    assert [message for message, _ in other.sent] == [Alive("", 12)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "timeout", "interval"), [(3, 300.0, 1.0), (400, 300.0, 4.0), (5000, 300.0, 10.0), (3, 2.0, 0.4)]
+)
+def test_signs_come_every_second_and_less_often_in_large_worlds(ranks: int, timeout: float, interval: float) -> None:
+    side = Side(1)
+    side.watch = Watch(side, ranks, timeout, lambda: side.now, lambda: "")  # type: ignore[arg-type]
+    side.look(0.98 * interval)
+    assert not side.sent
+    side.look(1.3 * interval)
+    assert len(side.sent) == 1
