@@ -72,7 +72,7 @@ def run(
             progress = Progress(job.progress.every, terminal, partial(getattr, tracer.recorder, "load"))
             service = Service(rank.control, rank.home, router, watch, drain, progress)
             engine.services += [service, tracer]
-            log.info("rank %d of %d is ready, %d thread(s)", comm.rank, comm.size, device.threads)
+            log.info("rank %d of %d is ready, threads: %d", comm.rank, comm.size, device.threads)
             seconds = work(comm, rank, service, lockstep=job.exchange.lockstep)
             log.debug("%d steps, %d expert calls in %.3f s", rank.home.steps, engine.experts.calls, seconds)
             code = drain.exit_code if drain.requested else EXIT_COMMITTED
