@@ -104,9 +104,9 @@ demo: $(ready) inputs/prompts.h5
 docs: $(ready)-test
 	$(py) tests/unit/test_docs.py
 
-# Broken links, pages that are nowhere in the navigation and the like end it.
+# Broken links, pages that are nowhere in the navigation and the like end it; with --quiet they would not.
 site: $(ready)-test
-	NO_MKDOCS_2_WARNING=1 $(call limit,120) $(py) -m mkdocs build --quiet --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(call limit,120) $(py) -m mkdocs build --strict --clean
 
 test: lint types site unit mpi launch
 
