@@ -222,14 +222,14 @@ class Recorder:
     def take(self) -> dict[str, np.ndarray]:
         """All that is new since the last call, which is forgotten here; {} at level off.
 
-        spans/* (from level full) and routes/* (level routes) are columns; load is int64 [L, E]; work/* is one row,
+        spans/* (from level full) and routes/* (level routes) are columns; load is int64 [L, E]; wall/* is one row,
         from the end of the last call's laps to that of this one's; sums/*, traffic/*, received/*, waits/* and sizes/*
         are columns with one row for everything that happened.
         """
         if not self._on:
             return {}
         self._end_rest()
-        arrays = {"load": self._load, **self._taken_work()}
+        arrays = {"load": self._load, **self._taken_wall()}
         if self._full:
             spans = np.frombuffer(b"".join(self._spans), dtype=SPAN)
             arrays |= {f"spans/{name}": np.ascontiguousarray(spans[name]) for name in SPAN.names or ()}
@@ -266,11 +266,11 @@ class Recorder:
         tokens = np.bincount(place, weights=spans["tokens"], minlength=n)
         self._time, self._tokens = time.astype(np.int64).tolist(), tokens.astype(np.int64).tolist()
 
-    def _taken_work(self) -> dict[str, np.ndarray]:
+    def _taken_wall(self) -> dict[str, np.ndarray]:
         rows = 1 if self.since else 0  # none where the work has not begun
         begin, end = np.array([self._begin] * rows, dtype=np.int64), np.array([self.since] * rows, dtype=np.int64)
         self._begin = self.since
-        return {"work/begin": begin, "work/end": end, "work/time": end - begin}
+        return {"wall/begin": begin, "wall/end": end, "wall/time": end - begin}
 
     def _taken_counters(self) -> dict[str, np.ndarray]:
         links = {"kind": len(KINDS), "layer": self.n_layers}

@@ -38,7 +38,7 @@ def _time(trace: Trace) -> Iterator[str]:
     chosen = trace.sums["stage"] >= FIRST_LEAF
     np.add.at(leaves, trace.sums["rank"][chosen], trace.sums["time"][chosen])
     wall = np.zeros(trace.n_ranks, dtype=np.int64)
-    wall[trace.work["rank"]] = trace.work["time"]
+    wall[trace.wall["rank"]] = trace.wall["time"]
     for rank in np.flatnonzero(leaves != wall):
         yield f"rank {rank}: its leaf stages took {leaves[rank]} ns, its work took {wall[rank]} ns"
 
@@ -46,7 +46,7 @@ def _time(trace: Trace) -> Iterator[str]:
 def _spans(trace: Trace) -> Iterator[str]:
     """Leaf spans one after the other, from the begin of the work to its end; as many as the sums have."""
     spans = trace.spans
-    for rank, begin, end in zip(*(trace.work[name] for name in ("rank", "begin", "end")), strict=True):
+    for rank, begin, end in zip(*(trace.wall[name] for name in ("rank", "begin", "end")), strict=True):
         mine = np.flatnonzero((spans["rank"] == rank) & (spans["stage"] >= FIRST_LEAF))
         ends = np.concatenate([[begin], spans["end"][mine]])
         begins = np.concatenate([spans["begin"][mine], [end]])

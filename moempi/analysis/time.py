@@ -38,14 +38,14 @@ def _per_stage(trace: Trace, column: str, phase: int | None) -> np.ndarray:
 def wall_time(trace: Trace) -> np.ndarray:
     """Seconds from each rank's first look at work to the end of its last lap, float64 [N]."""
     wall = np.zeros(trace.n_ranks)
-    wall[trace.work["rank"]] = trace.work["time"] / 1e9
+    wall[trace.wall["rank"]] = trace.wall["time"] / 1e9
     return wall
 
 
 def coverage(trace: Trace) -> np.ndarray:
     """Share of each rank's wall time that its leaf stages cover, float64 [N]; nan where it has none."""
     wall = np.zeros(trace.n_ranks, dtype=np.int64)
-    wall[trace.work["rank"]] = trace.work["time"]
+    wall[trace.wall["rank"]] = trace.wall["time"]
     return _per_stage(trace, "time", None)[:, FIRST_LEAF:].sum(axis=1) / np.where(wall > 0, wall, np.nan)
 
 

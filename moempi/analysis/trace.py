@@ -66,9 +66,9 @@ class Trace:
             self.n_ranks, self.n_layers, self.n_experts, self.top_k = (int(file.attrs[name]) for name in SHAPE)
 
     @cached_property
-    def work(self) -> Columns:
+    def wall(self) -> Columns:
         """rank, begin, end, time in ns: a row for each rank that has begun to work."""
-        return self._columns("work", "summary")
+        return self._columns("wall", "summary")
 
     @cached_property
     def sums(self) -> Columns:

@@ -2,7 +2,7 @@
 
     /spans/{rank,phase,stage,layer,microbatch,step,peer,begin,end,tokens,bytes}     from level full
     /routes/{rank,microbatch,step,layer,sequence,position,experts,weights}     level routes
-    /work/{rank,begin,end,time}     /sums/{rank,phase,stage,layer,count,time,tokens}
+    /wall/{rank,begin,end,time}     /sums/{rank,phase,stage,layer,count,time,tokens}
     /traffic and /received/{kind,layer,source,destination,rows,bytes,messages}
     /sizes/{rank,kind,size_class,messages}
     /waits/{rank,peer,answers,answer_time,waits,wait_time,exposed_time}
@@ -31,7 +31,7 @@ from moempi.errors import DataError
 from moempi.files import schema
 from moempi.files.parts import Column, committed_parts, make_folder, parts_folder, remove_parts
 from moempi.files.trace_columns import COLUMNS, LEGENDS, SHAPE, WIDE, groups_of
-from moempi.files.trace_counters import Counters, Load, Work
+from moempi.files.trace_counters import Counters, Load, Wall
 
 PATTERN = "rank-*.h5"
 
@@ -157,21 +157,21 @@ def fill(
     columns = {group: _columns(file, group, int(meta["top_k"])) for group in groups_of(str(meta["level"]))}
     load = Load(meta)
     for rank, of_rank in groupby(parts, _rank_of):
-        counters, work = Counters(rank, meta), Work()
+        counters, wall = Counters(rank, meta), Wall()
         for path in of_rank:
             with _open_part(path) as (part, _):
                 _append_rows(columns, part, rank, clocks)
                 counters.add(part)
-                work.add(part)
+                wall.add(part)
                 load.add(rank, part["load"][...])
-        for group, rows in {**counters.columns(), "work": _work_rows(rank, work, clocks)}.items():
+        for group, rows in {**counters.columns(), "wall": _wall_rows(rank, wall, clocks)}.items():
             for name, data in rows.items():
                 columns[group][name].append(data)
     load.write(file)
 
 
-def _work_rows(rank: int, work: Work, clocks: Clocks) -> dict[str, np.ndarray]:
-    begin, end, time = work.times().T
+def _wall_rows(rank: int, wall: Wall, clocks: Clocks) -> dict[str, np.ndarray]:
+    begin, end, time = wall.times().T
     shifted = {"begin": clocks.since_start(rank, begin), "end": clocks.since_start(rank, end)}
     return {"rank": np.full(len(time), rank), **shifted, "time": time}
 

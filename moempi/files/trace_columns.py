@@ -29,7 +29,7 @@ _LINK = {
 
 # Columns of the merged file: name -> type, units, long name. A row of experts and weights is top_k wide.
 COLUMNS: dict[str, dict[str, tuple[str, str, str]]] = {
-    "work": {
+    "wall": {
         "rank": _PLACE["rank"],
         "begin": ("i8", "ns", "first look at work, since the job's start on rank 0's clock"),
         "end": ("i8", "ns", "end of the last lap, since the job's start on rank 0's clock"),
@@ -106,4 +106,4 @@ def ends_of(n_ranks: int, n_layers: int) -> dict[str, int]:
 def groups_of(level: str) -> tuple[str, ...]:
     """The groups of columns that a trace of a level has."""
     depth = LEVELS.index(level)
-    return ("work", *OWNER, *(("spans",) if depth >= 2 else ()), *(("routes",) if depth >= 3 else ()))
+    return ("wall", *OWNER, *(("spans",) if depth >= 2 else ()), *(("routes",) if depth >= 3 else ()))

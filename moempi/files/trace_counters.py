@@ -63,7 +63,7 @@ class Counters:
         return made
 
 
-class Work:
+class Wall:
     """From when to when one rank worked, over all its parts."""
 
     def __init__(self) -> None:
@@ -73,9 +73,9 @@ class Work:
 
     def add(self, part: h5py.File) -> None:
         """Go on with the next part."""
-        self._begin += part["work/begin"][...].tolist()
-        self._end += part["work/end"][...].tolist()
-        self._time += int(part["work/time"][...].sum())
+        self._begin += part["wall/begin"][...].tolist()
+        self._end += part["wall/end"][...].tolist()
+        self._time += int(part["wall/time"][...].sum())
 
     def times(self) -> np.ndarray:
         """int64 [0 or 1, 3]: begin and end on the rank's clock, time between them; nothing if it never began."""

@@ -117,7 +117,7 @@ def test_a_recorder_hands_over_what_is_new_and_nothing_twice() -> None:
     assert taken["load"][2].tolist() == [1, 0, 3, 0, 0] and taken["load"].sum() == 4
     assert taken["routes/experts"].tolist() == [[1, 0], [3, 2]] and taken["routes/sequence"].tolist() == [4, 5]
     assert notes.size() == 0
-    assert all(len(data) == 0 for name, data in notes.take().items() if name != "load" and "work" not in name)
+    assert all(len(data) == 0 for name, data in notes.take().items() if name != "load" and "wall" not in name)
     assert notes.take()["load"].sum() == 0
 
 
@@ -126,7 +126,7 @@ def test_each_level_keeps_what_it_says(level: str) -> None:
     notes = recorder(level)
     note(notes, np.random.default_rng(0), 5)
     groups = {name.split("/")[0] for name in notes.take()}
-    more = {"off": set(), "summary": {"load", "work", "sums", "traffic", "received", "sizes", "waits"}}
+    more = {"off": set(), "summary": {"load", "wall", "sums", "traffic", "received", "sizes", "waits"}}
     more["full"] = more["summary"] | {"spans"}
     more["routes"] = more["full"] | {"routes"}
     assert groups == more[level]

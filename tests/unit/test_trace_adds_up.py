@@ -113,7 +113,7 @@ def test_leaf_stages_add_up_to_the_time_between_begin_and_end(level: str, clock:
     begin = notes.since
     live(notes, clock)
     taken = notes.take()
-    assert (taken["work/begin"], taken["work/end"], taken["work/time"]) == (begin, notes.since, notes.since - begin)
+    assert (taken["wall/begin"], taken["wall/end"], taken["wall/time"]) == (begin, notes.since, notes.since - begin)
     assert sum(time for _, _, time in leaves(taken)) == notes.since - begin
     counts = {stage: count for stage, count, _ in leaves(taken)}
     assert counts == {POLL: 1, IDLE: 1, EXPOSED: 2, RECEIVE: 1, DISPATCH: 1, EXPERT: 1, HEAD: 1}
@@ -128,9 +128,9 @@ def test_parts_follow_each_other_without_a_gap(clock: Ticking) -> None:
     clock.now += 50
     notes.rest(EXPOSED, 1)  # goes on over the flush, as a span of its own
     second = notes.take()
-    assert second["work/begin"] == first["work/end"] and second["work/end"] == notes.since
-    assert second["spans/begin"].tolist() == first["work/end"].tolist()
-    assert first["work/time"] + second["work/time"] == notes.since - begin
+    assert second["wall/begin"] == first["wall/end"] and second["wall/end"] == notes.since
+    assert second["spans/begin"].tolist() == first["wall/end"].tolist()
+    assert first["wall/time"] + second["wall/time"] == notes.since - begin
 
 
 def test_every_level_counts_alike(clock: Ticking) -> None:
