@@ -1,7 +1,7 @@
 """The trace adds up on any number of ranks, at every level, however the ranks share their cores.
 
-One launch of 16 ranks runs all cases, as many at a time as fit; on fewer ranks, for debugging, the smaller ones. What is
-asked are properties of the records, never how long something took.
+One launch of 16 ranks runs all cases, as many at a time as fit; on fewer ranks, for debugging, the smaller ones. All
+that is asked are properties of the records, never how long something took.
 """
 
 from __future__ import annotations
