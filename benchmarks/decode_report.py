@@ -7,8 +7,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-BEGIN, END = "<!-- tinymoe_decode: begin -->", "<!-- tinymoe_decode: end -->"
-
 # A microbatch waits while the same rank computes something else: these seconds are in the other stages already.
 OVERLAPPING = ("step", "wait", "admit", "commit", "load")
 QUIET = 0.1  # cores that other programs may use on a machine that counts as quiet
@@ -23,13 +21,14 @@ def render(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def put_into(path: Path, text: str) -> None:
-    """Replace what stands between the two marks of a page."""
+def put_into(path: Path, text: str, name: str = "tinymoe_decode") -> None:
+    """Replace what stands between the two marks of a page that are called `name`."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     page = path.read_text(encoding="utf-8")
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise SystemExit(f"{path}: expected one line {BEGIN} and one line {END}")
-    head, rest = page.split(BEGIN)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise SystemExit(f"{path}: expected one line {begin} and one line {end}")
+    head, rest = page.split(begin)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def about(results: dict[str, Any]) -> str:

@@ -1,0 +1,202 @@
+"""Jobs on four nodes: the nodes are seen, the bits are those of one machine, the links carry what is predicted, and a
+rank that dies or falls silent on another node ends the job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from conftest import NODES
+from emulation import Cluster, Counters
+from ranks import Ended, Running, alive, run
+
+from moempi import analysis
+from moempi.exchange.predict import RowSizes, messages_from_routes
+from moempi.exchange.slots import layer_tables
+from moempi.files.inputs import Prompts, write_inputs
+from moempi.files.links import read_links
+from moempi.files.outputs import Outputs, read_outputs
+from moempi.job import load_job
+from moempi.launch import this_program
+from moempi.prepare import look
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(150)]
+
+TINYMOE = Path(__file__).parents[2] / "inputs" / "tinymoe.h5"
+PER_NODE = 2
+RANKS = NODES * PER_NODE
+LIMIT = 60.0  # seconds of a launch
+PROMISE = 5.0  # seconds from the error to the end of all ranks
+
+# What a link may carry besides the rows: see `test_links_carry_what_is_predicted`.
+PER_MESSAGE = 300
+PER_RANK = 100_000
+
+
+def write_job(folder: Path, new_tokens: int, stall_timeout: float = 60.0) -> Path:
+    """24 prompts of 1 to 40 tokens, and a job that takes them through tinymoe."""
+    chance = np.random.default_rng(7)
+    tokens = [chance.integers(5, 500, n, dtype=np.int32) for n in chance.integers(1, 40, 24)]
+    new = np.full(24, new_tokens, dtype=np.int32)
+    write_inputs(folder / "prompts.h5", Prompts([f"p{i}" for i in range(24)], tokens, None, new), {})
+    (folder / "job.toml").write_text(
+        f"""
+        model.weights = "{TINYMOE}"
+        input.file = "prompts.h5"
+        output = {{ file = "out.h5", commit_every = 0.2 }}
+        generate.stop_at_eos = false
+        run = {{ capacity = 3, threads = 1 }}
+        engine.stall_timeout = {stall_timeout}
+        progress.every = 0.5
+        trace.level = "routes"
+        """
+    )
+    return folder / "job.toml"
+
+
+class Finished(NamedTuple):
+    """A job that ran on the cluster, what each node's link carried meanwhile, and the same job on one machine."""
+
+    job: Path
+    carried: list[Counters]
+    alone: Outputs
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    job = write_job(tmp_path_factory.mktemp("alone"), new_tokens=12)
+    ended = run(this_program("run", str(job), "--set", "run.capacity=24"), timeout=LIMIT)
+    assert ended.code == 0, ended.err
+    alone = read_outputs(job.parent / "out.h5")
+
+    job = write_job(tmp_path_factory.mktemp("cluster"), new_tokens=12)
+    before = cluster.counters()
+    done = cluster.run(this_program("run", str(job), "--json"), PER_NODE, LIMIT)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["ranks"] == RANKS
+    return Finished(job, [new - old for new, old in zip(cluster.counters(), before, strict=True)], alone)
+
+
+def test_mpi_sees_the_nodes(finished: Finished, cluster: Cluster) -> None:
+    ranks = analysis.load(finished.job.parent / "out.trace.h5").ranks
+    assert [rank["node"] for rank in ranks] == [rank // PER_NODE for rank in range(RANKS)]
+    assert [rank["host"] for rank in ranks] == [cluster.names[rank // PER_NODE] for rank in range(RANKS)]
+
+
+def test_the_bits_are_those_of_one_machine(finished: Finished) -> None:
+    found = read_outputs(finished.job.parent / "out.h5")
+    assert found.ids == finished.alone.ids and len(found) == 24
+    for name in ("offsets", "tokens", "logprobs", "finish_reason"):
+        assert getattr(found, name).tobytes() == getattr(finished.alone, name).tobytes(), name
+
+
+def test_nodes_of_one_kernel_have_one_clock(finished: Finished) -> None:
+    clocks = analysis.load(finished.job.parent / "out.trace.h5").clocks
+    assert clocks["offset"].tolist() == clocks["error"].tolist() == [0] * RANKS
+
+
+def test_links_carry_what_is_predicted(finished: Finished) -> None:
+    """The rows that the routes say, and no more than the protocol adds.
+
+    That is PER_MESSAGE for each message: headers of Ethernet, IP and TCP (66 bytes) and of MPI (up to 64), on it and
+    on its acknowledgement, and half as much again for what is sent in two packets. And PER_RANK for each rank: MPI's
+    start, the job, prompts, completions, signs of life.
+    """
+    rows, messages = predicted(finished.job)
+    for node, carried in enumerate(finished.carried):
+        for found, away in ((carried.sent, rows[node]), (carried.received, rows[:, node])):
+            assert away.sum() > 0
+            count = messages[node].sum() + messages[:, node].sum()  # a message that comes is acknowledged
+            assert away.sum() < found < away.sum() + PER_MESSAGE * count + PER_RANK * RANKS, (node, away.sum(), count)
+
+
+def predicted(job: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and messages from node to node, int64 [nodes, nodes], 0 within a node: a pure function of the routes."""
+    shape = look(load_job(job), RANKS).shape
+    trace = analysis.load(job.parent / "out.trace.h5")
+    sizes = RowSizes(shape.config.d_model, shape.dtype.itemsize, shape.layout.piece_rows)
+    found = messages_from_routes(trace.routes, layer_tables(shape.layout.placement), sizes)
+    node = np.array([rank["node"] for rank in trace.ranks])
+    tables = np.zeros((2, NODES, NODES), dtype=np.int64)
+    for table, column in zip(tables, ("bytes", "messages"), strict=True):
+        np.add.at(table, (node[found["source"]], node[found["destination"]]), found[column])
+        np.fill_diagonal(table, 0)
+    return tables[0], tables[1]
+
+
+# ---------------------------------------------------------------- links
+
+
+def test_measured_links_tell_nodes_apart(cluster: Cluster, tmp_path: Path) -> None:
+    """No link between nodes is faster than it is limited to; those inside a node are not limited."""
+    command = this_program("bench", "links", str(tmp_path / "links.h5"), "--largest", "4 MiB", "--repeats", "3")
+    done = cluster.run(command, PER_NODE, LIMIT)
+    assert done.code == 0, done.err
+    links = read_links(tmp_path / "links.h5")
+    assert links.node.tolist() == [rank // PER_NODE for rank in range(RANKS)]
+    assert len(links.source) == RANKS * (RANKS - 1) // 2 and links.between.sum() == 24
+    assert "8 ranks on 4 nodes" in done.out
+    slowest = links.time[links.between][
+        :, -1
+    ].min()  # s for 4 MiB; of which the first 64 KiB pass at once, at either end
+    assert (2**22 - 2 * 2**16) / slowest < 125e6
+
+
+# ---------------------------------------------------------------- ends
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 137), (signal.SIGSTOP, 76)])
+def test_a_lost_or_silent_rank_on_another_node_ends_the_job(
+    cluster: Cluster, tmp_path: Path, number: int, code: int
+) -> None:
+    job = write_job(tmp_path, new_tokens=900, stall_timeout=5.0)
+    with Running(cluster.line(this_program("run", str(job)), ranks_per_node=1)) as running:
+        wait_for_rows(running, job)
+        ranks = {rank: pid for node in range(NODES) for rank, pid in ranks_of(cluster, node).items()}
+        assert sorted(ranks) == list(range(NODES))
+        os.kill(ranks[NODES - 1], number)
+        begin = time.monotonic()
+        ended = running.wait(LIMIT)
+        assert time.monotonic() - begin < PROMISE + (5.0 if number == signal.SIGSTOP else 0.0)
+        wait_until(lambda: not alive(list(ranks.values())), "the end of all ranks", 10)
+    check_end(ended, code)
+
+
+def check_end(ended: Ended, code: int) -> None:
+    assert ended.code == code, ended.err
+    causes = [line for line in ended.err.splitlines() if "moempi: error:" in line]
+    if code == 76:
+        assert len(causes) == 1 and f"no answer from rank {NODES - 1}: layer " in causes[0], ended.err
+
+
+def ranks_of(cluster: Cluster, node: int) -> dict[int, int]:
+    """Process id of every rank on a node."""
+    pids = {}
+    for pid in cluster.processes(node):
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+        found = re.search(rb"(?:^|\0)OMPI_COMM_WORLD_RANK=(\d+)", environ)
+        if found:
+            pids[int(found[1])] = pid
+    return pids
+
+
+def wait_for_rows(running: Running, job: Path) -> None:
+    """Until the ranks are at work: progress is told."""
+    assert running.process.poll() is None
+    wait_until(lambda: "tokens/s" in running.out + running.err, "a line of progress")
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout: float = LIMIT) -> None:
+    end = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {timeout} s"
+        time.sleep(0.02)
