@@ -36,6 +36,7 @@ PER_NODE = 2
 RANKS = NODES * PER_NODE
 LIMIT = 60.0  # seconds of a launch
 PROMISE = 5.0  # seconds from the error to the end of all ranks
+CLOSED = 14  # Open MPI's exit code where a peer sees the end of a TCP connection before mpirun hears of a dead rank
 
 # What a link may carry besides the rows: see `test_links_carry_what_is_predicted`.
 PER_MESSAGE = 300
@@ -138,7 +139,7 @@ def predicted(job: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def test_measured_links_tell_nodes_apart(cluster: Cluster, tmp_path: Path) -> None:
     """No link between nodes is faster than it is limited to; those inside a node are not limited."""
-    command = this_program("bench", "links", str(tmp_path / "links.h5"), "--largest", "4 MiB", "--repeats", "3")
+    command = this_program("bench", "links", str(tmp_path / "links.h5"), "--largest", "1 MiB", "--repeats", "3")
     done = cluster.run(command, PER_NODE, LIMIT)
     assert done.code == 0, done.err
     links = read_links(tmp_path / "links.h5")
@@ -148,15 +149,15 @@ def test_measured_links_tell_nodes_apart(cluster: Cluster, tmp_path: Path) -> No
     slowest = links.time[links.between][
         :, -1
     ].min()  # s for 4 MiB; of which the first 64 KiB pass at once, at either end
-    assert (2**22 - 2 * 2**16) / slowest < 125e6
+    assert (2**20 - 2 * 2**16) / slowest < 125e6
 
 
 # ---------------------------------------------------------------- ends
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, 137), (signal.SIGSTOP, 76)])
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGKILL, (137, CLOSED)), (signal.SIGSTOP, (76,))])
 def test_a_lost_or_silent_rank_on_another_node_ends_the_job(
-    cluster: Cluster, tmp_path: Path, number: int, code: int
+    cluster: Cluster, tmp_path: Path, number: int, codes: tuple[int, ...]
 ) -> None:
     job = write_job(tmp_path, new_tokens=900, stall_timeout=5.0)
     with Running(cluster.line(this_program("run", str(job)), ranks_per_node=1)) as running:
@@ -168,14 +169,15 @@ def test_a_lost_or_silent_rank_on_another_node_ends_the_job(
         ended = running.wait(LIMIT)
         assert time.monotonic() - begin < PROMISE + (5.0 if number == signal.SIGSTOP else 0.0)
         wait_until(lambda: not alive(list(ranks.values())), "the end of all ranks", 10)
-    check_end(ended, code)
+    check_end(ended, codes)
 
 
-def check_end(ended: Ended, code: int) -> None:
-    assert ended.code == code, ended.err
-    causes = [line for line in ended.err.splitlines() if "moempi: error:" in line]
-    if code == 76:
-        assert len(causes) == 1 and f"no answer from rank {NODES - 1}: layer " in causes[0], ended.err
+def check_end(ended: Ended, codes: tuple[int, ...]) -> None:
+    assert ended.code in codes, ended.err
+    if ended.code == 76:
+        causes = [line for line in ended.err.splitlines() if "moempi: error:" in line]
+        # One a node at most, and usually one in all: the others are ended before they have noticed.
+        assert 0 < len(causes) < NODES and all(f" from rank {NODES - 1}" in cause for cause in causes), ended.err
 
 
 def ranks_of(cluster: Cluster, node: int) -> dict[int, int]:
