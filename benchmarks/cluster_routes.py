@@ -19,7 +19,6 @@ import tempfile
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,18 +26,20 @@ from cluster_report import render
 from decode_report import put_into
 from loads import LOADS, TINYMOE, write_load
 from rounds import Rounds, add_options
-from tinymoe_decode import HERE, machine, run, say
+from tinymoe_decode import HERE, TIME_LIMIT, machine, run, say
 
 sys.path.insert(0, str(HERE.parent / "tests" / "cluster"))
 from emulation import Cluster, missing
 
 from moempi import analysis
+from moempi.files.inputs import Prompts, write_inputs
+from moempi.files.links import read_links
+from moempi.job import known_options
 from moempi.launch import this_program
 
 RESULTS = HERE / "results" / "cluster_routes.json"
 ROUTES = ("direct", "leader", "rail", "auto")
-# Given to direct only in words: a program that has one route has no option for it.
-DEFAULT_ROUTE = "direct"
+DEFAULT_ROUTE = "direct"  # the one way of a job whose output names no route
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,7 @@ def main() -> None:
     if given.render:
         results = json.loads(given.render.read_text())
     else:
-        if reason := missing():
-            raise SystemExit(reason)
+        refuse(given)
         results = measure(given)
     print(render(results))
     if given.doc:
@@ -82,6 +82,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--routes", nargs="+", default=list(ROUTES), choices=ROUTES)
     parser.add_argument("--sequences", type=int, default=32)
     return parser.parse_args()
+
+
+def refuse(given: argparse.Namespace) -> None:
+    """End where the cases cannot be measured, with the reason."""
+    if reason := missing():
+        raise SystemExit(reason)
+    if "exchange.route" not in known_options() and given.routes != [DEFAULT_ROUTE]:
+        raise SystemExit(f"--routes {' '.join(given.routes)}: this program has {DEFAULT_ROUTE} only")
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
@@ -109,8 +117,6 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 def write_load_of_one(folder: Path, load: str) -> None:
     """One sequence of one new token: what its job sends is the start and the end of any job."""
-    from moempi.files.inputs import Prompts, write_inputs
-
     one = Prompts(["p"], [np.array([5, 6], dtype=np.int32)], None, np.ones(1, dtype=np.int32))
     write_inputs(folder / f"{load}-start.h5", one, {})
 
@@ -118,13 +124,15 @@ def write_load_of_one(folder: Path, load: str) -> None:
 def measure_links(bench: Bench) -> dict[str, float]:
     """Write links.h5; medians of latency (s) and bandwidth (bytes/s), inside nodes and between them."""
     out = bench.folder / "links.h5"
-    command = this_program("bench", "links", str(out), "--overwrite", "--json", "--largest", "4 MiB", "--repeats", "5")
-    found = run(bench.cluster.line(command, bench.per_node))
-    node, medians = found["node"], {}
-    for where, away in (("inside", False), ("between", True)):
-        chosen = [p for p in found["pairs"] if (node[p["source"]] != node[p["destination"]]) == away]
+    command = this_program("bench", "links", str(out), "--overwrite", "--largest", "4 MiB", "--repeats", "5")
+    done = bench.cluster.run(command, bench.per_node, TIME_LIMIT)
+    if done.code:
+        raise SystemExit(done.err)
+    links = read_links(out)
+    medians = {}
+    for where, chosen in (("inside", ~links.between), ("between", links.between)):
         for name in ("latency", "bandwidth"):
-            medians[f"{where} {name}"] = median(pair[name] for pair in chosen) if chosen else 0.0
+            medians[f"{where} {name}"] = float(np.median(getattr(links, name)[chosen])) if chosen.any() else 0.0
     say(f"links: {medians}")
     return medians
 
@@ -157,7 +165,7 @@ def run_job(bench: Bench, case: Case, inputs: str) -> dict[str, Any]:
     """What a job printed, and the bytes that each node's link carried meanwhile."""
     job = bench.folder / "job.toml"
     weights = TINYMOE if LOADS[case.load].config is None else bench.folder / f"{case.load}-weights.h5"
-    route = "" if case.route == DEFAULT_ROUTE else f'exchange.route = "{case.route}"'
+    route = f'exchange.route = "{case.route}"' if "exchange.route" in known_options() else ""
     links = f'exchange.links = "{bench.folder / "links.h5"}"' if case.route == "auto" else ""
     job.write_text(
         f"""

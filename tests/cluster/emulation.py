@@ -122,7 +122,11 @@ class Cluster:
         n_ranks = ranks_per_node * len(self.names)
         consents = [f"{name}={value}" for name, value in child_environment({}, as_root=True).items()]
         mpirun = ["env", *consents, *find_mpirun(None, os.environ), *options, "-n", str(n_ranks), *command]
-        return [str(self._agent), self.names[0], shlex.join(mpirun)]
+        return self.on_node(0, mpirun)
+
+    def on_node(self, node: int, command: list[str]) -> list[str]:
+        """The command line that runs `command` on one node, without mpirun."""
+        return [str(self._agent), self.names[node], shlex.join(command)]
 
     def run(self, command: list[str], ranks_per_node: int, timeout: float) -> Done:
         """Run `command` on every node to its end; after `timeout` seconds all processes on the nodes are killed.

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from conftest import NODES
-from emulation import Cluster, Counters
+from emulation import Cluster, Counters, missing
 from ranks import Ended, Running, alive, run
 
 from moempi import analysis
@@ -153,6 +154,23 @@ def test_measured_links_tell_nodes_apart(cluster: Cluster, tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------- ends
+
+
+def test_leaving_a_cluster_ends_what_runs_on_it() -> None:
+    if reason := missing():
+        pytest.skip(reason)
+    with pytest.raises(ZeroDivisionError), Cluster(2, "1gbit") as small:
+        left = subprocess.Popen(small.on_node(1, ["sleep", "60"]))
+        wait_until(lambda: small.processes(1) == [left.pid], "a process on a node")
+        assert left.pid not in small.processes(0)
+        raise ZeroDivisionError
+    assert left.wait(10) == -signal.SIGKILL
+
+
+def test_a_launch_that_takes_too_long_is_ended_on_all_nodes(cluster: Cluster) -> None:
+    with pytest.raises(subprocess.TimeoutExpired):
+        cluster.run(["sleep", "60"], ranks_per_node=1, timeout=5)
+    assert not any(cluster.processes(node) for node in range(NODES))
 
 
 @pytest.mark.parametrize(("number", "codes"), [(signal.SIGKILL, (137, CLOSED)), (signal.SIGSTOP, (76,))])
