@@ -108,7 +108,7 @@ class Cluster:
         self._kill_all()
         for holder in self._holders.values():
             holder.kill()
-            holder.wait(_END)
+            holder.communicate(timeout=_END)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ------------------------------------------------------------ what it is used for
@@ -126,7 +126,7 @@ class Cluster:
 
     def on_node(self, node: int, command: list[str]) -> list[str]:
         """The command line that runs `command` on one node, without mpirun."""
-        return [str(self._agent), self.names[node], shlex.join(command)]
+        return [str(self._agent), self.names[node], f"exec {shlex.join(command)}"]
 
     def run(self, command: list[str], ranks_per_node: int, timeout: float) -> Done:
         """Run `command` on every node to its end; after `timeout` seconds all processes on the nodes are killed.

@@ -161,7 +161,7 @@ def test_leaving_a_cluster_ends_what_runs_on_it() -> None:
         pytest.skip(reason)
     with pytest.raises(ZeroDivisionError), Cluster(2, "1gbit") as small:
         left = subprocess.Popen(small.on_node(1, ["sleep", "60"]))
-        wait_until(lambda: small.processes(1) == [left.pid], "a process on a node")
+        wait_until(lambda: small.processes(1) == [left.pid], "the process on its node")
         assert left.pid not in small.processes(0)
         raise ZeroDivisionError
     assert left.wait(10) == -signal.SIGKILL
