@@ -22,7 +22,7 @@ def render(results: dict[str, Any]) -> str:
 
 
 def put_into(path: Path, text: str, name: str = "tinymoe_decode") -> None:
-    """Replace what stands between the two marks of a page that are called `name`."""
+    """Replace what stands between the two marks of a benchmark in a page."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     page = path.read_text(encoding="utf-8")
     if page.count(begin) != 1 or page.count(end) != 1:

@@ -36,10 +36,10 @@ from emulation import Cluster, missing
 from moempi import analysis
 from moempi.files.outputs import read_outputs
 from moempi.launch import this_program
-from moempi.recorder import EXPERT
 
 RESULTS = HERE / "results" / "lockstep.json"
 NODES, PER_NODE = 4, 2  # of the emulated cluster
+EXPERT = analysis.STAGES.index("expert")
 
 Start = Callable[[list[str]], list[str]]  # from the arguments of moempi to the command line of a launch
 
