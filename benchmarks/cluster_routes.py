@@ -124,7 +124,7 @@ def write_load_of_one(folder: Path, load: str) -> None:
 def measure_links(bench: Bench) -> dict[str, float]:
     """Write links.h5; medians of latency (s) and bandwidth (bytes/s), inside nodes and between them."""
     out = bench.folder / "links.h5"
-    command = this_program("bench", "links", str(out), "--overwrite", "--largest", "4 MiB", "--repeats", "5")
+    command = this_program("bench", "links", str(out), "--overwrite", "--largest", "2 MiB", "--limit", "0.3")
     done = bench.cluster.run(command, bench.per_node, TIME_LIMIT)
     if done.code:
         raise SystemExit(done.err)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moempi.bench.fit import fit_line, ladder
+from moempi.bench.fit import ladder, latency_and_bandwidth
 from moempi.exchange.topology import look_around
 from moempi.files.links import MeasuredLinks
 from moempi.mpi import meet
@@ -65,7 +65,7 @@ def measure_links(
 def summarize(
     times: dict[tuple[int, int], list[float]], sizes: list[int], where: list[dict[str, int | str]]
 ) -> MeasuredLinks:
-    """The measured times of pairs as a table, with the line through each. Pure.
+    """The measured times of pairs as a table, with latency and bandwidth. Pure.
 
     Args:
         times: s by size, of every pair (source, destination).
@@ -74,15 +74,15 @@ def summarize(
     pairs = sorted(times)
     time = np.array([times[pair] for pair in pairs], dtype=np.float64).reshape(len(pairs), len(sizes))  # [P, S]
     size = np.array(sizes, dtype=np.int64)
-    lines = np.array([fit_line(size, row) for row in time]).reshape(len(pairs), 2)
+    found = np.array([latency_and_bandwidth(size, row) for row in time]).reshape(len(pairs), 2)
     ends = np.array(pairs, dtype=np.int32).reshape(len(pairs), 2)
     return MeasuredLinks(
         size=size,
         source=ends[:, 0],
         destination=ends[:, 1],
         time=time,
-        latency=lines[:, 0],
-        bandwidth=lines[:, 1],
+        latency=found[:, 0],
+        bandwidth=found[:, 1],
         node=np.array([rank["node"] for rank in where], dtype=np.int32),
         host=[str(rank["host"]) for rank in where],
     )

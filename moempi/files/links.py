@@ -3,7 +3,7 @@
     /size                         int64 [S], bytes of a message
     /source, /destination         int32 [P], the two ranks; every pair once, source < destination
     /time                         float64 [P, S], s, one way
-    /latency, /bandwidth          float64 [P], of the line latency + bytes / bandwidth through the times
+    /latency, /bandwidth          float64 [P]; a message takes about latency + bytes / bandwidth
     /ranks/node, /ranks/host      of every rank [N]
 
 Links are taken as alike in both directions: times are halves of round trips.
@@ -26,8 +26,8 @@ _COLUMNS = {
     "source": ("iu", "", "one rank of the pair"),
     "destination": ("iu", "", "the other rank of the pair"),
     "time": ("f", "s", "one message one way, by pair and size: half a round trip, the median of several"),
-    "latency": ("f", "s", "of the line latency + bytes / bandwidth"),
-    "bandwidth": ("f", "bytes/s", "of the line latency + bytes / bandwidth"),
+    "latency": ("f", "s", "shortest time of a message"),
+    "bandwidth": ("f", "bytes/s", "largest message / (its time - latency)"),
 }
 _MOST = 2**28  # numbers in a dataset; a damaged length must not make the reader allocate without bound
 

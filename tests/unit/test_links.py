@@ -1,4 +1,4 @@
-"""Measured links: the line through the times, the file, the table. No MPI."""
+"""Measured links: latency and bandwidth from times, the file, the table. No MPI."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from moempi.bench.fit import fit_line, ladder
+from moempi.bench.fit import ladder, latency_and_bandwidth
 from moempi.bench.links import summarize
 from moempi.cli.bench import bench
 from moempi.cli.links_table import as_dict, links_table
@@ -18,8 +18,8 @@ from moempi.files.links import MeasuredLinks, read_links, write_links
 
 SIZES = [1, 1000, 1_000_000]
 # Of three ranks, two of them on one node: 10 us + 1 GB/s inside it, 50 us + 100 MB/s to the other one.
-INSIDE = [10.001e-6, 11e-6, 1010e-6]
-OUTSIDE = [50.01e-6, 60e-6, 10_050e-6]
+INSIDE = [10e-6, 11e-6, 1010e-6]
+OUTSIDE = [50e-6, 60e-6, 10_050e-6]
 WHERE: list[dict[str, int | str]] = [
     {"node": 0, "host": "a"},
     {"node": 0, "host": "a"},
@@ -42,24 +42,20 @@ def test_ladder() -> None:
 @pytest.mark.parametrize(
     ("size", "time", "latency", "bandwidth"),
     [
-        # 2 us + 1 s / GB, exactly.
-        ([1000, 3000, 8000], [3e-6, 5e-6, 10e-6], 2e-6, 1e9),
-        # Two sizes: the line goes through both. 4 us for 2 kB more: 500 MB/s, 1 us at 0 bytes.
-        ([1000, 3000], [3e-6, 7e-6], 1e-6, 5e8),
-        # Relative errors: three times at 0 and 1 byte, with 1, 1 and 2 s. Minimise 2 (a - 1)^2 + ((a + b - 2) / 2)^2:
-        # a = 1, b = 1, both terms 0.
-        ([0, 0, 1], [1.0, 1.0, 2.0], 1.0, 1.0),
-        # Not on a line: a + b s with (a - 1)^2 + (a - 3)^2 / 9 + ((a + b - 2) / 2)^2. The last is 0 with b = 2 - a;
-        # the rest is least where (a - 1) + (a - 3) / 9 = 0: a = 1.2, b = 0.8.
-        ([0, 0, 1], [1.0, 3.0, 2.0], 1.2, 1.25),
-        # A falling line has no bandwidth: the largest message's own. Its latency is the line's start, 4 - s / 1.
-        ([1, 2], [3.0, 2.0], 4.0, 1.0),
-        # A line that starts below 0: the smallest message's time. 2 s / byte.
-        ([1, 2], [1.0, 3.0], 1.0, 0.5),
+        # 8000 bytes take 8 us more than 1: 1 GB/s.
+        ([1, 1000, 8000], [2e-6, 3e-6, 10e-6], 2e-6, 1e9),
+        # A burst: 1000 bytes pass as fast as 1. What lies between does not count.
+        ([1, 1000, 8000], [2e-6, 2e-6, 10e-6], 2e-6, 1e9),
+        # A disturbed first size: the shortest time is the latency.
+        ([1, 4, 16, 5000], [9e-6, 2e-6, 3e-6, 12e-6], 2e-6, 5e8),
+        # The largest message was the fastest: its own time is all that is known.
+        ([1, 2], [3.0, 2.0], 2.0, 1.0),
+        # Sizes in any order.
+        ([3000, 1000], [5e-6, 2e-6], 2e-6, 1e9),
     ],
 )
 def test_fit_by_hand(size: list[int], time: list[float], latency: float, bandwidth: float) -> None:
-    assert fit_line(np.array(size), np.array(time)) == pytest.approx((latency, bandwidth))
+    assert latency_and_bandwidth(np.array(size), np.array(time)) == pytest.approx((latency, bandwidth))
 
 
 def test_summary(links: MeasuredLinks) -> None:
