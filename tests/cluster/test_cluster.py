@@ -152,8 +152,8 @@ def test_measured_links_tell_nodes_apart(cluster: Cluster, tmp_path: Path) -> No
     assert links.node.tolist() == [rank // PER_NODE for rank in range(RANKS)]
     assert len(links.source) == RANKS * (RANKS - 1) // 2 and links.between.sum() == 24
     assert "8 ranks on 4 nodes" in done.out
-    # 1 Gbit/s, but for what the two ends of a link let pass at once: 64 KB each of 1 MiB.
-    assert links.bandwidth[links.between].max() < 125e6 / (1 - 128_000 / 2**20)
+    # 1 Gbit/s, but for what the two ends of a link let pass at once: 64 KB each. Slower is possible on a busy machine.
+    assert links.time[links.between, -1].min() > (2**20 - 128_000) / 125e6
 
 
 # ---------------------------------------------------------------- ends
