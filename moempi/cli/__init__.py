@@ -15,6 +15,7 @@ VERBS = {
     "inputs": "Make and describe files of prompts.",
     "outputs": "Show and merge files of completions.",
     "trace": "Say where every token and every microsecond went.",
+    "bench": "Measure what planners need to know of a machine.",
 }
 
 

@@ -262,6 +262,19 @@ def test_files_md_lists_a_placement(tmp_path: Path) -> None:
     assert listing("Placement") == names_of(tmp_path / "placement.h5")
 
 
+def test_files_md_lists_measured_links(tmp_path: Path) -> None:
+    from moempi.bench.fit import ladder
+    from moempi.bench.links import summarize
+    from moempi.files.links import write_links
+
+    sizes, pairs = ladder(2**26), [(a, b) for b in range(8) for a in range(b)]
+    where: list[dict[str, int | str]] = [{"node": rank // 2, "host": f"n{rank:03d}"} for rank in range(8)]
+    write_links(
+        tmp_path / "links.h5", summarize({pair: [1e-6 + size / 1e9 for size in sizes] for pair in pairs}, sizes, where)
+    )
+    assert listing("Links") == names_of(tmp_path / "links.h5")
+
+
 def test_what_is_said_of_the_demo_is_so() -> None:
     prompts = (ROOT / "inputs/prompts.jsonl").read_text().splitlines()
     ids = {json.loads(line)["id"] for line in prompts}

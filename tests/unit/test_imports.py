@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "moempi"
 
-MPI = ("moempi.exchange", "moempi.router", "moempi.run", "moempi.mpi")
+MPI = ("moempi.bench", "moempi.exchange", "moempi.router", "moempi.run", "moempi.mpi")
 CUPY = ("moempi.device.cuda",)
 # Used on login nodes, and by people who have a trace or a plan and no MPI.
 WITHOUT_MPI = ("moempi.planning", "moempi.analysis", "moempi.job", "moempi.cli", "moempi.slurm", "moempi.files")
@@ -20,6 +20,7 @@ WITHOUT_MPI = ("moempi.planning", "moempi.analysis", "moempi.job", "moempi.cli",
 WITHOUT_TORCH = (
     "moempi.__main__",
     "moempi.analysis",
+    "moempi.bench.fit",
     "moempi.cli",
     "moempi.errors",
     "moempi.exchange.plan",
@@ -27,6 +28,7 @@ WITHOUT_TORCH = (
     "moempi.exchange.tasks",
     "moempi.files.completions",
     "moempi.files.inputs",
+    "moempi.files.links",
     "moempi.files.outputs",
     "moempi.files.placement",
     "moempi.files.schema",
