@@ -103,7 +103,8 @@ def test_mpirun_asked_for_then_beside_python_then_on_path(tmp_path: Path, monkey
 def test_options_fit_the_library() -> None:
     assert launch.mpirun_options(OPEN_MPI, 16, {}) == ["--oversubscribe", "--bind-to", "none"]
     assert launch.mpirun_options(MPICH, 16, {}) == []
-    assert launch.mpirun_options(OPEN_MPI, 16, {"SLURM_JOB_ID": "1"}) == []
+    assert launch.mpirun_options(OPEN_MPI, 16, {"SLURM_JOB_ID": "1"}) == ["--bind-to", "none"]
+    assert launch.mpirun_options(OPEN_MPI, 16, {"SLURM_JOB_ID": "1"}, ["--bind-to", "numa"]) == []
 
 
 def test_consent_is_given_for_root_only() -> None:
@@ -113,7 +114,17 @@ def test_consent_is_given_for_root_only() -> None:
 
 @pytest.mark.parametrize(
     ("returned", "first", "expected"),
-    [(0, None, 0), (75, signal.SIGTERM, 75), (3, signal.SIGTERM, 3), (75, signal.SIGINT, 130), (-9, None, 137)],
+    [
+        (0, None, 0),
+        (75, signal.SIGTERM, 75),
+        (3, signal.SIGTERM, 3),
+        (75, signal.SIGINT, 130),
+        (-9, None, 137),
+        # The signal that was passed on came before mpirun, or a rank, could take it.
+        (-signal.SIGUSR1, signal.SIGUSR1, 75),
+        (128 + signal.SIGUSR1, signal.SIGTERM, 75),
+        (128 + signal.SIGUSR1, None, 138),
+    ],
 )
 def test_exit_code_of_the_launcher(returned: int, first: int | None, expected: int) -> None:
     assert launch.exit_code(returned, [(first, 0.0)] if first else []) == expected
