@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo docs test lint types unit mpi launch clean distclean
+.PHONY: help setup setup-test demo docs test lint types unit mpi launch slurm clean distclean
 
 # The Python to build on, and where to.
 PYTHON ?= python3
@@ -42,6 +42,7 @@ limit = $(if $(shell command -v timeout),timeout --foreground -k 10 $(1))
 help:
 	@echo "make demo        set up, run jobs/demo.toml on RANKS=$(RANKS) ranks, show what came out"
 	@echo "make test        set up, then lint, types, unit, mpi and launch, each of which is a target too"
+	@echo "make slurm       the tests on a real Slurm, which they install (apt) and start; needs root, else all are skipped"
 	@echo "make docs        write the tables of docs/ that come from the code"
 	@echo "make setup       the environment alone, in VENV=$(VENV); setup-test: with what the tests need"
 	@echo "make clean       remove what runs and tests left; distclean: the environment too"
@@ -101,6 +102,10 @@ mpi: $(ready)-test
 
 launch: $(ready)-test
 	$(call limit,1800) $(py) -m pytest -q tests/launch
+
+# Apart from `test`: it installs packages of the distribution, and runs as root.
+slurm: $(ready)-test
+	$(call limit,900) $(py) -m pytest -q tests/slurm
 
 clean:
 	rm -rf build dist out inputs/prompts.h5 .pytest_cache .mypy_cache .ruff_cache .hypothesis
