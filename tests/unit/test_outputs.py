@@ -382,6 +382,28 @@ def test_a_stale_lock_is_taken_over(tmp_path: Path, kind: str) -> None:
     assert not list(tmp_path.glob("*.lock*"))
 
 
+def test_a_lock_left_behind_on_another_host_is_outwaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.h5"
+    locks.outwait(path)  # there is none
+    held_by(path, host="elsewhere", heartbeat=time.time() - locks.STALE + 0.3)
+    with pytest.raises(JobError, match="another run is writing it"):
+        start(path, 1)
+    locks.outwait(path)
+    start(path, 1).close()
+
+    # One whose heart beats is not waited for.
+    held_by(path, host="elsewhere", heartbeat=time.time())
+    pauses = []
+
+    def beat(seconds: float) -> None:
+        pauses.append(seconds)
+        held_by(path, host="elsewhere", heartbeat=time.time() + len(pauses))
+
+    monkeypatch.setattr(locks.time, "sleep", beat)
+    locks.outwait(path)
+    assert pauses == [1.0]
+
+
 def test_a_lock_that_is_being_written_counts_as_living(tmp_path: Path) -> None:
     lock_file(tmp_path / "out.h5").touch()
     with pytest.raises(JobError, match="another run is writing it"):
