@@ -1,4 +1,7 @@
-"""A run that is stopped on 8 ranks, goes on on 3, is stopped again and ends on 5 gives the bits of one that was not."""
+"""A run that is stopped, goes on on other ranks, is stopped again and ends on others gives the bits of one that was not.
+
+Told to stop, it leaves half generated sequences behind; killed, it leaves what it has committed.
+"""
 
 from __future__ import annotations
 
@@ -45,20 +48,22 @@ def stop(job: Path, ranks: int, how: str, *options: str) -> None:
             time.sleep(0.1)
 
 
-@pytest.mark.parametrize(("first", "second"), [("USR1", "KILL"), ("KILL", "USR1")])
-def test_eight_then_three_then_five_ranks(tmp_path: Path, whole: Tokens, first: str, second: str) -> None:
+@pytest.mark.parametrize(("ranks", "first", "second"), [((8, 3, 5), "USR1", "KILL"), ((2, 3, 1), "KILL", "USR1")])
+def test_stopped_twice_and_finished_on_other_ranks(
+    tmp_path: Path, whole: Tokens, ranks: tuple[int, int, int], first: str, second: str
+) -> None:
     job, output = write_job(tmp_path), tmp_path / "out.h5"
-    stop(job, 8, first)
+    stop(job, ranks[0], first)
     after_first = finished(output)
     assert after_first.items() <= whole.items()
     if first == "USR1":
         assert committed(output).partial, "no sequence was under way"
-    stop(job, 3, second, "--set", "placement.strategy=balanced")
+    stop(job, ranks[1], second, "--set", "placement.strategy=balanced")
     kept, before = finished(output), committed(output)
     assert after_first.items() < kept.items() < whole.items()
     assert second == "KILL" or before.partial, "no sequence was under way"
 
-    ended = run(moempi("run", job, "--resume", "-n", "5", "--json", *SETTINGS), timeout=120)
+    ended = run(moempi("run", job, "--resume", "-n", str(ranks[2]), "--json", *SETTINGS), timeout=120)
     assert ended.code == 0, ended.err
     assert finished(output) == whole
     # The totals are those of all three runs together; the rate is that of the last one.

@@ -31,7 +31,6 @@ def sbatch(cluster: Cluster, log: Path, *words: str | Path) -> str:
     [
         ("one-node", ["--ntasks-per-node=2", "--gpus-per-node=2"]),
         ("nodes", ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"]),
-        ("cpu", ["--nodes=2", "--ntasks-per-node=1"]),
     ],
 )
 def test_a_script_runs_a_job(
@@ -57,7 +56,7 @@ def test_the_array_runs_shards(cluster: Cluster, tmp_path: Path, undisturbed: To
 
 def test_a_chain_goes_on_where_the_last_turn_ended(cluster: Cluster, tmp_path: Path, undisturbed: Tokens) -> None:
     job, log = write_job(tmp_path), tmp_path / "log"
-    sizes = [*SMALL, "--nodes=1", "--ntasks-per-node=2", "--open-mode=append", f"--output={log}"]
+    sizes = [*SMALL, "--nodes=2", "--ntasks-per-node=1", "--open-mode=append", f"--output={log}"]
     printed = cluster.command("slurm/chain.sh", "2", *sizes, "slurm/cpu.sbatch", str(job), cwd=ROOT)
     first, second = printed.split()
     assert cluster.wait(second)["JobState"] == "COMPLETED", text_of(log)
