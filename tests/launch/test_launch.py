@@ -130,6 +130,18 @@ def test_exit_code_of_the_launcher(returned: int, first: int | None, expected: i
     assert launch.exit_code(returned, [(first, 0.0)] if first else []) == expected
 
 
+def test_told_to_stop_beforehand_it_starts_nothing(tmp_path: Path) -> None:
+    drain = mpi.Drain()
+    drain.signal = signal.SIGUSR1
+    started = tmp_path / "started"
+    mpirun = executable(tmp_path / "mpirun")
+    Path(mpirun).write_text(f'#!/bin/sh\n[ "$1" = --version ] || touch {started}\n')
+    assert launch.launch(["true"], 2, 1.0, mpirun, drain) == 75
+    assert not started.exists()
+    assert launch.launch(["true"], 2, 1.0, mpirun, mpi.Drain()) == 0
+    assert started.exists()
+
+
 def raise_it(error: BaseException) -> int:
     raise error
 

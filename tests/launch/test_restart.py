@@ -1,4 +1,4 @@
-"""A run that is stopped, goes on on other ranks, is stopped again and ends on others gives the bits of one that was not.
+"""A run that is stopped, goes on on other ranks, and that twice, gives the bits of one that was not stopped.
 
 Told to stop, it leaves half generated sequences behind; killed, it leaves what it has committed.
 """
