@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo docs test lint types unit mpi launch cluster clean distclean
+.PHONY: help setup setup-test demo docs test lint types unit mpi launch cluster slurm clean distclean
 
 # The Python to build on, and where to.
 PYTHON ?= python3
@@ -43,6 +43,7 @@ help:
 	@echo "make demo        set up, run jobs/demo.toml on RANKS=$(RANKS) ranks, show what came out"
 	@echo "make test        set up, then lint, types, unit, mpi and launch, each of which is a target too"
 	@echo "make cluster     the tests on four emulated nodes; they need Linux, root and iproute2, elsewhere they are skipped"
+	@echo "make slurm       the tests on a real Slurm, which they install (apt) and start; needs root, else all are skipped"
 	@echo "make docs        write the tables of docs/ that come from the code"
 	@echo "make setup       the environment alone, in VENV=$(VENV); setup-test: with what the tests need"
 	@echo "make clean       remove what runs and tests left; distclean: the environment too"
@@ -106,6 +107,10 @@ launch: $(ready)-test
 # Not a part of `test`, which runs everywhere: nodes are network namespaces that only root can make.
 cluster: $(ready)-test
 	$(call limit,230) $(py) -m pytest -q tests/cluster
+
+# Apart from `test`: it installs packages of the distribution, and runs as root.
+slurm: $(ready)-test
+	$(call limit,900) $(py) -m pytest -q tests/slurm
 
 clean:
 	rm -rf build dist out inputs/prompts.h5 .pytest_cache .mypy_cache .ruff_cache .hypothesis

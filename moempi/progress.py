@@ -22,10 +22,11 @@ class Progress:
 
     Args:
         every: seconds between two lines.
+        earlier: sequences that were finished before this run.
     """
 
-    def __init__(self, every: float):
-        self._every = every
+    def __init__(self, every: float, earlier: int = 0):
+        self._every, self._earlier = every, earlier
         self._begin = time.monotonic()
         self._next = self._begin + every
 
@@ -36,4 +37,5 @@ class Progress:
             return
         self._next = now + self._every
         rate = counts.new_tokens / (now - self._begin)
-        log.info("%d of %d sequences finished, %.0f new tokens/s", counts.finished, counts.total, rate)
+        finished, total = self._earlier + counts.finished, self._earlier + counts.total
+        log.info("%d of %d sequences finished, %.0f new tokens/s", finished, total, rate)

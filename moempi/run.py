@@ -9,7 +9,7 @@ import torch
 from mpi4py import MPI
 
 from moempi.build import Rank, build_rank
-from moempi.errors import EXIT_COMMITTED, EXIT_DONE
+from moempi.errors import EXIT_COMMITTED
 from moempi.exchange.engine import Engine
 from moempi.exchange.topology import look_around
 from moempi.files.completions import Completion
@@ -19,7 +19,7 @@ from moempi.job import Job
 from moempi.mpi import Drain, meet
 from moempi.prepare import Found, assignments, choose_device, look_together, open_output
 from moempi.progress import Progress
-from moempi.report import Outcome, finish
+from moempi.report import Outcome, committed_before, finish, nothing_to_do
 from moempi.router.router import Router
 from moempi.router.watch import Watch
 from moempi.service import Service
@@ -56,13 +56,14 @@ def run(
         writer = open_output(comm, job, found, device, resume=resume, overwrite=overwrite)
         with writer or nullcontext():
             if comm.bcast(writer is not None and writer.complete, root=0):
-                return Outcome(EXIT_DONE, output=job.output.file, already_done=True)
-            tracer = Tracer(topology, job, shape, resume=resume)
+                return nothing_to_do(job, found)
+            tracer = Tracer(topology, job, shape, resume=resume, overwrite=overwrite)
             rank = build_rank(topology, job, shape, device, tracer.recorder, engine_type)
             router = build_router(comm, job, found, writer)
             engine = rank.engine
             watch = Watch(rank.control, comm.size, job.engine.stall_timeout, engine.now, engine.waits)
-            service = Service(rank.control, rank.home, router, watch, drain, Progress(job.progress.every))
+            progress = Progress(job.progress.every, committed_before(writer)[0])
+            service = Service(rank.control, rank.home, router, watch, drain, progress)
             engine.services += [service, tracer]
             seconds = work(comm, rank, service, lockstep=job.exchange.lockstep)
             code = drain.exit_code if drain.requested else EXIT_COMMITTED

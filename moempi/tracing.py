@@ -10,7 +10,7 @@ import numpy as np
 
 from moempi.exchange.topology import Clock, Topology, align_clocks
 from moempi.files.parts import remove_parts
-from moempi.files.trace import between, merge_trace, set_aside
+from moempi.files.trace import between, merge_trace, remove_kept, set_aside
 from moempi.files.trace_writer import TraceWriter
 from moempi.job import Job
 from moempi.prepare import Shape
@@ -26,9 +26,10 @@ class Tracer:
 
     Args:
         resume: keep the trace of the run that is gone on with, under another name.
+        overwrite: remove those that were kept that way.
     """
 
-    def __init__(self, topology: Topology, job: Job, shape: Shape, *, resume: bool):
+    def __init__(self, topology: Topology, job: Job, shape: Shape, *, resume: bool, overwrite: bool):
         config, world = shape.config, topology.world
         self.path, self._every = job.trace_file, job.trace.flush_every
         self.recorder = Recorder(
@@ -37,6 +38,8 @@ class Tracer:
         self._topology, self._job = topology, job
         if world.rank == 0:
             clear(self.path, keep=resume)
+            if overwrite:
+                remove_kept(self.path)
         self._clock = align_clocks(world)
         self.start = world.bcast(time.perf_counter_ns(), root=0)
         placement = shape.layout.placement

@@ -11,6 +11,9 @@ from moempi import __version__
 # verb -> what the list of verbs says of it; module and command are named like the verb.
 VERBS = {
     "run": "Run a job: completions for a file of prompts.",
+    "submit": "Submit a job to Slurm.",
+    "status": "Say how far submitted jobs are.",
+    "cancel": "End a submitted job, in order.",
     "weights": "Import, export, make and describe weights files.",
     "inputs": "Make and describe files of prompts.",
     "outputs": "Show and merge files of completions.",

@@ -15,6 +15,8 @@ from moempi.errors import EXIT_DONE, JobError
 from moempi.job import Job, load_job, to_toml
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
+
     from moempi.report import Outcome
 
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="Print the effective job and what each rank will hold, then end.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 @click.option("--mpirun", metavar="COMMAND", help="The mpirun that -n starts; by default the one beside this Python.")
+@click.option("--requeue", is_flag=True, help="In a batch job: ask Slurm for another turn if stopped early.")
 def run(
     job: Path,
     ranks: int | None,
@@ -38,6 +41,7 @@ def run(
     dry_run: bool,
     as_json: bool,
     mpirun: str | None,
+    requeue: bool,
 ) -> int:
     """Run JOB: completions for a file of prompts.
 
@@ -55,18 +59,26 @@ def run(
         return _dry_run(checked, ranks or mpi.launched_size(), as_json)
     if ranks is not None and mpi.launched_size() > 1:
         raise JobError(f"-n {ranks} starts mpirun, but this is one of {mpi.launched_size()} ranks already: omit -n")
+    if requeue and ranks is None:
+        raise JobError("--requeue is for the one process of a batch script that starts the ranks: give -n")
     if ranks is not None:
         given = {"--resume": resume, "--overwrite": overwrite, "--verify": verify, "--json": as_json}
         flags = [flag for flag, on in given.items() if on]
         settings = [part for override in overrides for part in ("--set", override)]
-        return _launch(["run", str(job), *settings, *flags], ranks, checked.run.grace, mpirun)
+        arguments = ["run", str(job), *settings, *flags]
+        return _launch(arguments, ranks, checked, mpirun, requeue=requeue)
     return _run_here(checked, as_json, resume=resume, overwrite=overwrite, verify=verify)
 
 
-def _launch(arguments: list[str], ranks: int, grace: float, mpirun: str | None) -> int:
+def _launch(arguments: list[str], ranks: int, job: Job, mpirun: str | None, *, requeue: bool) -> int:
     from moempi.launch import launch, this_program
+    from moempi.slurm.requeue import Turn
 
-    return launch(this_program(*arguments), ranks, grace, mpirun)
+    turn = Turn(job.output.file) if requeue else None
+    code = launch(this_program(*arguments), ranks, job.run.grace, mpirun, mpi.signals)
+    if turn is not None:
+        turn.end(code)
+    return code
 
 
 def _run_here(job: Job, as_json: bool, *, resume: bool, overwrite: bool, verify: bool) -> int:
@@ -75,12 +87,24 @@ def _run_here(job: Job, as_json: bool, *, resume: bool, overwrite: bool, verify:
         mpi.signals.install(signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
     world = mpi.start()
     _log_from(world.rank)
+    _warn_of_hidden_gpus(world)
     from moempi.run import run as run_job
 
     outcome = run_job(world, job, resume=resume, overwrite=overwrite, verify=verify, drain=mpi.signals)
     if world.rank == 0:
         click.echo(json.dumps(outcome.as_dict()) if as_json else describe(outcome))
     return outcome.exit_code
+
+
+def _warn_of_hidden_gpus(world: MPI.Intracomm) -> None:
+    """Say so where Slurm hides the neighbours' GPUs. Collective, because ranks of a node are counted."""
+    import logging
+
+    from moempi.slurm.binding import hidden_gpus
+
+    text = hidden_gpus(os.environ, mpi.ranks_on_node(world))
+    if text and world.rank == 0:
+        logging.getLogger("moempi").warning(text)
 
 
 def _log_from(rank: int) -> None:
@@ -94,10 +118,12 @@ def describe(outcome: Outcome) -> str:
     """The last lines of a run, for a person."""
     if outcome.already_done:
         return f"nothing to do: {outcome.output} is complete"
+    now = outcome.new_tokens - outcome.earlier_new_tokens
+    resumed = outcome.earlier_new_tokens or outcome.earlier_finished
     lines = [
-        f"{outcome.finished} of {outcome.sequences} sequences finished, {outcome.new_tokens} new tokens in "
-        f"{outcome.seconds:.2f} s: {outcome.tokens_per_second:.0f} tokens/s "
-        f"({outcome.mode} mode, {outcome.ranks} ranks)",
+        f"{outcome.finished} of {outcome.sequences} sequences finished, {outcome.new_tokens} new tokens"
+        f"{f'; in this run {now}' if resumed else ''} in {outcome.seconds:.2f} s: "
+        f"{outcome.tokens_per_second:.0f} tokens/s ({outcome.mode} mode, {outcome.ranks} ranks)",
     ]
     if outcome.exit_code == EXIT_DONE:
         lines.append(f"output: {_nearby(outcome.output)}")

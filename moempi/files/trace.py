@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -247,9 +247,7 @@ def set_aside(path: Path) -> Path | None:
     Returns:
         The name it now has, or None where there was no trace.
     """
-    number = 1
-    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
-        number += 1
+    kept = next(one for one in _kept_names(path) if not one.exists())
     if path.exists():
         path.rename(kept)
         remove_parts(path)
@@ -258,3 +256,15 @@ def set_aside(path: Path) -> Path | None:
             fill_from_parts(file, path)
         remove_parts(path)
     return kept if kept.exists() else None
+
+
+def remove_kept(path: Path) -> None:
+    """Remove the traces of earlier attempts that `set_aside` has kept."""
+    for kept in _kept_names(path):
+        if not kept.exists():
+            return
+        kept.unlink()
+
+
+def _kept_names(path: Path) -> Iterator[Path]:
+    return (path.with_suffix(f".{number}{path.suffix}") for number in count(1))

@@ -24,7 +24,7 @@ from moempi.job import describe_options, known_options, load_job
 from moempi.planning.memory import show_bytes
 
 ROOT = Path(__file__).parents[2]
-PLACES = (".", "inputs", "jobs", "benchmarks", "docs", "docs/decisions")
+PLACES = (".", "inputs", "jobs", "slurm", "benchmarks", "docs", "docs/decisions")
 DOCUMENTS = sorted(path for place in PLACES for path in (ROOT / place).glob("*.md"))
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
