@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo docs site test lint types unit mpi launch clean distclean
+.PHONY: help setup setup-test demo docs site test lint types unit mpi launch cluster slurm clean distclean
 
 # The Python to build on, and where to.
 PYTHON ?= python3
@@ -45,6 +45,8 @@ help:
 	@echo "make test        set up, then lint, types, site, unit, mpi and launch, each of which is a target too"
 	@echo "make docs        write the tables of docs/ and the schema of jobs that come from the code"
 	@echo "make site        build the documentation into build/site; a warning is an error"
+	@echo "make cluster     the tests on four emulated nodes; they need Linux, root and iproute2, elsewhere they are skipped"
+	@echo "make slurm       the tests on a real Slurm, which they install (apt) and start; needs root, else all are skipped"
 	@echo "make setup       the environment alone, in VENV=$(VENV); setup-test: with what the tests need"
 	@echo "make clean       remove what runs and tests left; distclean: the environment too"
 	@echo
@@ -131,6 +133,14 @@ mpi: $(ready)-test
 
 launch: $(ready)-test
 	$(call limit,1800) $(py) -m pytest -q tests/launch
+
+# Not a part of `test`, which runs everywhere: nodes are network namespaces that only root can make.
+cluster: $(ready)-test
+	$(call limit,230) $(py) -m pytest -q tests/cluster
+
+# Apart from `test`: it installs packages of the distribution, and runs as root.
+slurm: $(ready)-test
+	$(call limit,900) $(py) -m pytest -q tests/slurm
 
 clean:
 	rm -rf build dist out inputs/prompts.h5 .pytest_cache .mypy_cache .ruff_cache .hypothesis

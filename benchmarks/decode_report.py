@@ -7,10 +7,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-BEGIN, END = "<!-- tinymoe_decode: begin -->", "<!-- tinymoe_decode: end -->"
+from moempi.stages import CONTAINERS
 
-# A microbatch waits while the same rank computes something else: these seconds are in the other stages already.
-OVERLAPPING = ("step", "wait", "admit", "commit", "load")
+# They lie across the other stages, whose seconds are counted already.
+OVERLAPPING = CONTAINERS
+LEAST_REST = 0.005  # share of the time that is worth a line
 QUIET = 0.1  # cores that other programs may use on a machine that counts as quiet
 
 Runs = list[dict[str, Any]]
@@ -23,13 +24,14 @@ def render(results: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def put_into(path: Path, text: str) -> None:
-    """Replace what stands between the two marks of a page."""
+def put_into(path: Path, text: str, name: str = "tinymoe_decode") -> None:
+    """Replace what stands between the two marks of a benchmark in a page."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     page = path.read_text(encoding="utf-8")
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise SystemExit(f"{path}: expected one line {BEGIN} and one line {END}")
-    head, rest = page.split(BEGIN)
-    path.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise SystemExit(f"{path}: expected one line {begin} and one line {end}")
+    head, rest = page.split(begin)
+    path.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def about(results: dict[str, Any]) -> str:
@@ -89,15 +91,19 @@ def profile(results: dict[str, Any]) -> str:
     stages = sorted(
         {stage for column in columns for stage in column}, key=lambda s: (s == "rest", -columns[-1].get(s, (0, 0))[0])
     )
+    if all(abs(column["rest"][1]) < LEAST_REST for column in columns):
+        stages.remove("rest")
     rows = [
         [stage, *(f"{column[stage][0]:.2f} ({column[stage][1]:.0%})" if stage in column else "" for column in columns)]
         for stage in stages
     ]
     head = [f"ms per step, {dtype}", *(f"{n} rank{'s' * (n > 1)}" for n in counts)]
     note = (
-        "`rest` is what no span covers: the engine's loop, messages, and waiting for a core where there are more "
-        "ranks than cores (which lengthens the other stages too)."
+        "[traces.md](traces.md) says what each stage is. Waiting for a core, where there are more ranks than cores, "
+        "lengthens all of them."
     )
+    if "rest" in stages:
+        note += " `rest` is what no stage covered."
     return f"{table(head, rows)}\n\n{note}"
 
 

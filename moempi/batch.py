@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from moempi.model.attention import AttentionPlan, Span, plan_attention
+from moempi.stages import DECODE, PREFILL, StepKey
 
 
 @dataclass
@@ -52,6 +54,11 @@ class Step:
     def n_tokens(self) -> int:
         """T."""
         return len(self.tokens)
+
+    @cached_property
+    def key(self) -> StepKey:
+        """What the trace knows the step by. It is prefill if it holds a token whose next token is not asked for."""
+        return self.microbatch, self.number, PREFILL if self.n_tokens > len(self.choosing) else DECODE
 
 
 def chunk_sizes(uncached: Many[int], budget: int) -> list[int]:

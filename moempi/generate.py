@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from moempi.batch import Step
 from moempi.home import Home
 from moempi.layer import Forward
+from moempi.stages import COMPOSE, STEP
 
 
 async def generate(home: Home, forward: Forward, microbatch: int) -> None:
@@ -13,7 +15,7 @@ async def generate(home: Home, forward: Forward, microbatch: int) -> None:
         if step is None:
             await home.wait_for_news()
         else:
-            home.accept(step, *await forward(step))
+            await take(step, home, forward)
 
 
 async def generate_in_lockstep(home: Home, forward: Forward) -> None:
@@ -22,8 +24,18 @@ async def generate_in_lockstep(home: Home, forward: Forward) -> None:
         step = home.next_step(0)
         working, ended = await home.engine.vote(step is not None, home.ended)
         if step is not None:
-            home.accept(step, *await forward(step))
+            await take(step, home, forward)
         elif working:
             await forward.sit_out()
         elif ended == home.engine.n_ranks:
             return
+
+
+async def take(step: Step, home: Home, forward: Forward) -> None:
+    """Take a step through the layers, and note what it chose."""
+    recorder, n = home.engine.recorder, step.n_tokens
+    begin = recorder.since
+    recorder.lap(COMPOSE, key=step.key, tokens=n)
+    home.accept(step, *await forward(step))
+    recorder.lap(COMPOSE, key=step.key)
+    recorder.span(STEP, -1, step.key, begin, recorder.since, n, 0, -1)

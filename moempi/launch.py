@@ -17,12 +17,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from moempi.errors import EXIT_INTERRUPTED, JobError
+from moempi.errors import EXIT_COMMITTED, EXIT_INTERRUPTED, JobError
+
+if TYPE_CHECKING:
+    from moempi.mpi import Drain
 
 EXIT_KILLED = 128 + signal.SIGKILL
 
@@ -40,7 +44,9 @@ def this_program(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "moempi", *arguments]
 
 
-def launch(command: list[str], n_ranks: int, grace: float, mpirun: str | None = None) -> int:
+def launch(
+    command: list[str], n_ranks: int, grace: float, mpirun: str | None = None, drain: Drain | None = None
+) -> int:
     """Run `command` on `n_ranks` ranks under mpirun and wait for it. Main thread only; not inside an MPI world.
 
     The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks the ranks to drain; a later SIGINT or SIGTERM, or `grace` seconds
@@ -51,6 +57,7 @@ def launch(command: list[str], n_ranks: int, grace: float, mpirun: str | None = 
         grace: seconds that a drain may take.
         mpirun: the command that starts ranks, with options of its own if it needs any; by default MOEMPI_MPIRUN,
             then the one beside this Python, then the one on PATH.
+        drain: set by a signal that came before this function was called: then nothing is started.
 
     Returns:
         130 after SIGINT; 137 where the ranks had to be killed; otherwise mpirun's exit code (75 after a drain).
@@ -59,9 +66,12 @@ def launch(command: list[str], n_ranks: int, grace: float, mpirun: str | None = 
         JobError: there is no mpirun, or it does not start.
     """
     starter = find_mpirun(mpirun, os.environ)
-    options = mpirun_options(_version(starter), n_ranks, os.environ)
+    options = mpirun_options(_version(starter), n_ranks, os.environ, starter[1:])
     line = [*starter, *options, "-n", str(n_ranks), *command]
     with _trap() as received:
+        if drain is not None and drain.requested:
+            _say("moempi: told to stop before any rank was started")
+            return drain.exit_code
         process = _start(line)
         return _watch(process, received, grace)
 
@@ -101,17 +111,18 @@ def _version(starter: list[str]) -> str:
     return done.stdout + done.stderr
 
 
-def mpirun_options(version: str, n_ranks: int, environ: Mapping[str, str]) -> list[str]:
-    """Options that this mpirun needs here, from what its --version prints; none where a scheduler gave the nodes.
+def mpirun_options(version: str, n_ranks: int, environ: Mapping[str, str], given: Sequence[str] = ()) -> list[str]:
+    """Options that this mpirun needs here, from what its --version prints, besides those that are given.
 
     Open MPI counts one slot per physical core and binds ranks to single cores, both wrong for ranks that share the
     cores of one machine; what it counts cannot be asked beforehand, so --oversubscribe is always given (it changes
-    nothing where the cores suffice). MPICH and its relatives do neither.
+    nothing where the cores suffice), but not where a scheduler counts. MPICH and its relatives do neither.
     """
     if not re.search(r"Open ?MPI|OpenRTE|PRTE|prterun", version, re.IGNORECASE) or n_ranks == 1:
         return []
     scheduled = any(name in environ for name in ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_HOSTS", "COBALT_NODEFILE"))
-    return [] if scheduled else ["--oversubscribe", "--bind-to", "none"]
+    binds = any(word.lstrip("-") in ("bind-to", "map-by") for word in given)
+    return [*([] if scheduled else ["--oversubscribe"]), *([] if binds else ["--bind-to", "none"])]
 
 
 def child_environment(environ: Mapping[str, str], as_root: bool) -> dict[str, str]:
@@ -229,6 +240,9 @@ def exit_code(returned: int, received: list[tuple[int, float]]) -> int:
     """The code of `moempi run -n`, from mpirun's (negative: the signal that killed it) and the signals received."""
     if received and received[0][0] == signal.SIGINT:
         return EXIT_INTERRUPTED
+    if received and returned in (-signal.SIGUSR1, 128 + signal.SIGUSR1):
+        # Passed on before mpirun or a rank was there to take it: what is committed is committed all the same.
+        return EXIT_COMMITTED
     return returned if returned >= 0 else 128 - returned
 
 

@@ -18,7 +18,7 @@ from moempi.model.attention import TILE, attend_tiles, untile
 from moempi.model.cache import KVCache
 from moempi.model.gate import Route
 from moempi.model.network import Layer, Network, greedy
-from moempi.recorder import ATTEND, COMBINE, DENSE, DISPATCH, GATE, HEAD, PROJECT, WAIT
+from moempi.stages import ATTEND, COMBINE, DENSE, EMBED, GATE, HEAD, PROJECT
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Forward:
 
     async def __call__(self, step: Step) -> tuple[list[int], list[float]]:
         """Next token and its log-probability, for every sequence in `step.choosing`."""
-        x = self.network.embed(step.tokens)  # [T, D]
+        x = self.embed(step)  # [T, D]
         for layer in self.network.layers:
             x = await self.pass_layer(layer, x, step)
             if self.lockstep:
@@ -61,6 +61,12 @@ class Forward:
             await self.engine.meet(layer.number)
 
     # ------------------------------------------------------------ the stages
+
+    def embed(self, step: Step) -> Tensor:
+        """Rows [T, D] of the step's tokens."""
+        x = self.network.embed(step.tokens)
+        self.lap(EMBED, -1, step, step.n_tokens)
+        return x
 
     async def attend(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """Write this step's keys and values, then attend to all that the cache holds of each sequence."""
@@ -98,31 +104,29 @@ class Forward:
 
     def gate(self, layer: Layer, x: Tensor, step: Step) -> tuple[Tensor, Route]:
         """Normalised rows [T, D] and the experts that they go to."""
-        begin = perf_counter_ns()
         hidden = layer.normed(x, layer.mlp_norm)
         route = layer.route(hidden)
-        self.record(GATE, layer.number, step, begin, step.n_tokens)
+        self.lap(GATE, layer.number, step, step.n_tokens)
         return hidden, route
 
     async def dispatch(self, layer: Layer, hidden: Tensor, route: Route, step: Step) -> Rows:
         """Rows to the slots of their experts, and back."""
-        begin = perf_counter_ns()
+        recorder = self.engine.recorder
         experts, positions = route.experts.numpy(), step.plan.positions.numpy()
         owners = step.owners.numpy()
         covers = self.engine.tables[layer.number].choose_covers(experts, owners, positions)
         self.note_routes(layer, route, step)
+        recorder.dispatching = step.key
         rows = dispatch(self.engine, layer.number, step.microbatch, hidden, covers, self.most_rows)
-        self.record(DISPATCH, layer.number, step, begin, len(rows.answers))
-        begin = perf_counter_ns()
+        begin = recorder.since
         await rows.back
-        self.record(WAIT, layer.number, step, begin, len(rows.answers))
+        recorder.waited(layer.number, step.key, begin, rows.back.at, len(rows.answers), rows.back.by)
         return rows
 
     def combine(self, layer: Layer, x: Tensor, route: Route, rows: Rows, step: Step) -> Tensor:
         """Rows of the residual stream with their experts' outputs added."""
-        begin = perf_counter_ns()
         x = combine(x, route, rows)
-        self.record(COMBINE, layer.number, step, begin, step.n_tokens)
+        self.lap(COMBINE, layer.number, step, step.n_tokens)
         return x
 
     async def choose(self, x: Tensor, step: Step) -> tuple[list[int], list[float]]:
@@ -156,13 +160,12 @@ class Forward:
             hi = min(n, lo + self.engine.slicer.size(stage))
             begin = perf_counter_ns()
             work(lo, hi)
-            end = self.engine.slicer.learn(stage, hi - lo, begin)
-            self.engine.recorder.span(stage, layer, step.microbatch, step.number, begin, end, hi - lo, 0, -1)
+            self.engine.slicer.learn(stage, hi - lo, begin)
+            self.lap(stage, layer, step, hi - lo)
             if hi < n:
                 await PAUSE
             lo = hi
 
-    def record(self, stage: int, layer: int, step: Step, begin: int, tokens: int) -> None:
-        """A span that ends now."""
-        end = perf_counter_ns()
-        self.engine.recorder.span(stage, layer, step.microbatch, step.number, begin, end, tokens, 0, -1)
+    def lap(self, stage: int, layer: int, step: Step, tokens: int) -> None:
+        """Note that all since the last lap of the rank was this stage of the step."""
+        self.engine.recorder.lap(stage, layer, step.key, tokens)

@@ -160,6 +160,17 @@ def meet(comm: MPI.Intracomm) -> None:
         pause = min(2 * pause, 5e-3)
 
 
+def ranks_on_node(comm: MPI.Intracomm) -> int:
+    """How many ranks share this rank's memory. Collective."""
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    try:
+        return int(node.size)
+    finally:
+        node.Free()
+
+
 def largest_tag() -> int:
     """MPI.TAG_UB. The library tells it of the world only, not of communicators made from it."""
     from mpi4py import MPI

@@ -14,6 +14,7 @@ from moempi.errors import DataError, JobError, MoempiError
 from moempi.files.inputs import Prompts, check_prompts, read_inputs
 from moempi.files.output_writer import OutputWriter
 from moempi.files.schema import environment, file_digest
+from moempi.files.shards import identity_of, read_stamp
 from moempi.files.weights import open_weights
 from moempi.job import Job
 from moempi.layout import Layout, check_tags, lay_out
@@ -180,6 +181,7 @@ def _identity(job: Job, found: Found, device: Cpu) -> dict[str, str]:
         "products": "packed" if device.packed else "tiled",
         "torch": built["torch"],
         "processor_capability": built["processor_capability"],
+        **identity_of(read_stamp(job.input.file)),
     }
 
 

@@ -60,6 +60,7 @@ class Progress:
     Args:
         every: seconds between two lines of a log.
         terminal: where a bar is drawn; None: lines are logged instead.
+        earlier: sequences that were finished before this run.
         load: tokens per layer and expert that this rank's gate has seen [L, E]; they stand for all ranks'.
         now: a clock, in s.
     """
@@ -68,11 +69,12 @@ class Progress:
         self,
         every: float,
         terminal: Terminal | None = None,
+        earlier: int = 0,
         load: Callable[[], np.ndarray | None] = lambda: None,
         now: Callable[[], float] = time.monotonic,
     ):
         self._every = REDRAWN_EVERY if terminal else every
-        self._terminal, self._load, self._now = terminal, load, now
+        self._earlier, self._terminal, self._load, self._now = earlier, terminal, load, now
         self._drawn = False
         self.begin()
 
@@ -93,7 +95,8 @@ class Progress:
         self._next = now + self._every
         tokens = max(count_tokens(), counts.new_tokens)
         share = busiest_share(self._load())
-        state = State(counts.finished, counts.total, tokens, counts.expected, now - self._begin, share)
+        finished, total = self._earlier + counts.finished, self._earlier + counts.total
+        state = State(finished, total, tokens, counts.expected, now - self._begin, share)
         if self._terminal:
             self._drawn = True
             self._write(self._terminal, CLEAR + bar(state, self._terminal.columns))

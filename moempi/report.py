@@ -28,8 +28,10 @@ class Outcome:
     mode: str = "exact"
     ranks: int = 0
     sequences: int = 0  # of the input
-    finished: int = 0  # by this run
-    new_tokens: int = 0  # by this run
+    finished: int = 0  # of them, by this run and those that it goes on with
+    new_tokens: int = 0  # of all these runs
+    earlier_finished: int = 0  # what the runs before this one had committed
+    earlier_new_tokens: int = 0
     seconds: float = 0.0  # from the first sequence handed out to the last one committed
     steps: tuple[int, ...] = ()  # forward steps of every rank
     expert_calls: tuple[int, ...] = ()
@@ -41,7 +43,7 @@ class Outcome:
     @property
     def tokens_per_second(self) -> float:
         """New tokens per second of this run."""
-        return self.new_tokens / self.seconds if self.seconds else 0.0
+        return (self.new_tokens - self.earlier_new_tokens) / self.seconds if self.seconds else 0.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -71,12 +73,15 @@ def finish(
     outcome = Outcome(exit_code=EXIT_DONE)
     if router is not None and found is not None and writer is not None and counts is not None:
         steps, calls, rows = (tuple(column) for column in zip(*counts, strict=True))
+        earlier, tokens = committed_before(writer)
         outcome = Outcome(
             exit_code=EXIT_DONE if router.finished == router.total else drained_code,
             ranks=comm.size,
             sequences=len(found.prompts.ids),
-            finished=router.finished,
-            new_tokens=router.new_tokens,
+            finished=earlier + router.finished,
+            new_tokens=tokens + router.new_tokens,
+            earlier_finished=earlier,
+            earlier_new_tokens=tokens,
             seconds=seconds,
             steps=steps,
             expert_calls=calls,
@@ -91,6 +96,18 @@ def finish(
     rank.free()
     code = comm.bcast(outcome.exit_code, root=0)
     return Outcome(exit_code=code) if comm.rank else outcome
+
+
+def committed_before(writer: OutputWriter | None) -> tuple[int, int]:
+    """(finished sequences, new tokens) that the runs before this one have committed; rank 0, nothing elsewhere."""
+    begun = writer.restored.values() if writer is not None else ()
+    return sum(one.finish_reason != "partial" for one in begun), sum(len(one.tokens) for one in begun)
+
+
+def nothing_to_do(job: Job, found: Found | None) -> Outcome:
+    """What a run comes to whose output is complete already."""
+    n = len(found.prompts.ids) if found else 0
+    return Outcome(EXIT_DONE, sequences=n, finished=n, earlier_finished=n, output=job.output.file, already_done=True)
 
 
 def write_output(job: Job, found: Found, writer: OutputWriter, outcome: Outcome) -> None:

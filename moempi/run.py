@@ -11,7 +11,7 @@ import torch
 from mpi4py import MPI
 
 from moempi.build import Rank, build_rank
-from moempi.errors import EXIT_COMMITTED, EXIT_DONE
+from moempi.errors import EXIT_COMMITTED
 from moempi.exchange.engine import Engine
 from moempi.exchange.topology import look_around
 from moempi.files.completions import Completion
@@ -21,7 +21,7 @@ from moempi.job import Job
 from moempi.mpi import Drain, meet
 from moempi.prepare import Found, assignments, choose_device, look_together, open_output
 from moempi.progress import Progress, Terminal
-from moempi.report import Outcome, finish
+from moempi.report import Outcome, committed_before, finish, nothing_to_do
 from moempi.router.router import Router
 from moempi.router.watch import Watch
 from moempi.service import Service
@@ -62,14 +62,15 @@ def run(
         writer = open_output(comm, job, found, device, resume=resume, overwrite=overwrite)
         with writer or nullcontext():
             if comm.bcast(writer is not None and writer.complete, root=0):
-                return Outcome(EXIT_DONE, output=job.output.file, already_done=True)
-            tracer = Tracer(topology, job, shape, resume=resume)
+                return nothing_to_do(job, found)
+            tracer = Tracer(topology, job, shape, resume=resume, overwrite=overwrite)
             rank = build_rank(topology, job, shape, device, tracer.recorder, engine_type)
             router = build_router(comm, job, found, writer)
             engine = rank.engine
             tokens = partial(getattr, rank.home, "new_tokens")
             watch = Watch(rank.control, comm.size, job.engine.stall_timeout, engine.now, engine.waits, tokens)
-            progress = Progress(job.progress.every, terminal, partial(getattr, tracer.recorder, "load"))
+            load = partial(getattr, tracer.recorder, "load")
+            progress = Progress(job.progress.every, terminal, committed_before(writer)[0], load)
             service = Service(rank.control, rank.home, router, watch, drain, progress)
             engine.services += [service, tracer]
             log.info("rank %d of %d is ready, threads: %d", comm.rank, comm.size, device.threads)

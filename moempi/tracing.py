@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from moempi.exchange.topology import Topology, align_clocks
+from moempi.exchange.topology import Clock, Topology, align_clocks
 from moempi.files.parts import remove_parts
-from moempi.files.trace import Clocks, merge_trace, set_aside
+from moempi.files.trace import between, merge_trace, remove_kept, set_aside
 from moempi.files.trace_writer import TraceWriter
 from moempi.job import Job
 from moempi.prepare import Shape
@@ -25,9 +26,10 @@ class Tracer:
 
     Args:
         resume: keep the trace of the run that is gone on with, under another name.
+        overwrite: remove those that were kept that way.
     """
 
-    def __init__(self, topology: Topology, job: Job, shape: Shape, *, resume: bool):
+    def __init__(self, topology: Topology, job: Job, shape: Shape, *, resume: bool, overwrite: bool):
         config, world = shape.config, topology.world
         self.path, self._every = job.trace_file, job.trace.flush_every
         self.recorder = Recorder(
@@ -36,17 +38,15 @@ class Tracer:
         self._topology, self._job = topology, job
         if world.rank == 0:
             clear(self.path, keep=resume)
-        clock = align_clocks(world)
+            if overwrite:
+                remove_kept(self.path)
+        self._clock = align_clocks(world)
         self.start = world.bcast(time.perf_counter_ns(), root=0)
-        self._about = {
-            **self.recorder.describe(),
-            "mode": "exact",
-            "job": job.to_json(),
-            "start": self.start,
-            "offset": clock.offset,
-            "error": clock.error,
-        }
-        self._writer = TraceWriter(self.path, world.rank, self._about)
+        placement = shape.layout.placement
+        cut_layers = np.unique(placement.layer[placement.hi - placement.lo < placement.leaves]).tolist()
+        self._known = {**self.recorder.describe(), "mode": "exact", "cut_layers": cut_layers}
+        clock = {"start": self.start, "offset": self._clock.offset, "error": self._clock.error}
+        self._writer = TraceWriter(self.path, world.rank, {**self._known, "job": job.to_json(), **clock})
         self._next = time.monotonic() + self._every
 
     def __call__(self) -> bool:
@@ -65,20 +65,26 @@ class Tracer:
             measured: what else is known of the run; on rank 0.
         """
         self._writer.put(self.recorder.take())
-        world, about = self._topology.world, self._about
-        ranks = world.gather((self._writer.close(), about["offset"], about["error"]), root=0)
+        world = self._topology.world
+        clocks = (self._clock, align_clocks(world))
+        ranks = world.gather((self._writer.close(), *clocks), root=0)
         if ranks is None or self.recorder.level == "off":
             return
-        parts, offsets, errors = zip(*ranks, strict=True)
+        parts, begin, end = zip(*ranks, strict=True)
         merge_trace(
             self.path,
             self._job.to_json(),
             sources or {},
-            Clocks(self.start, np.array(offsets), np.array(errors)),
+            between(self.start, measured_clocks(begin), measured_clocks(end)),
             self._topology.describe(),
-            {**self.recorder.describe(), "mode": "exact", **measured},
+            {**self._known, **measured},
             parts,
         )
+
+
+def measured_clocks(clocks: Iterable[Clock]) -> np.ndarray:
+    """Offset, error and time of measurement of every rank: int64 [N, 3]."""
+    return np.array([(clock.offset, clock.error, clock.at) for clock in clocks], dtype=np.int64)
 
 
 def clear(path: Path, *, keep: bool) -> None:

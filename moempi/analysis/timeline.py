@@ -8,16 +8,16 @@ import numpy as np
 
 from moempi.analysis.trace import Trace
 from moempi.errors import DataError
-from moempi.recorder import STAGES
+from moempi.stages import STAGES
 
 # Stages that a rank works in, by what the work is for; of those that a trace has, no two of one rank overlap.
 WORK = {
     "attention": ("project", "attend"),
     "expert": ("expert",),
     "gate": ("gate",),
-    "dispatch, combine": ("dispatch", "combine"),
-    "dense, head": ("embed", "dense", "head"),
-    "idle": ("idle", "barrier"),
+    "dispatch, combine": ("pack", "dispatch", "answer", "receive", "combine"),
+    "dense, head": ("compose", "embed", "dense", "head"),
+    "idle": ("exposed", "barrier", "idle"),
 }
 WAIT = "wait for answers"
 SPANS_SHOWN = 1500  # about as many as can be told apart in a picture

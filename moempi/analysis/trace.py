@@ -15,7 +15,8 @@ import numpy as np
 
 from moempi.errors import DataError
 from moempi.files import schema
-from moempi.files.trace import SHAPE, fill_from_parts, groups_of
+from moempi.files.trace import fill_from_parts
+from moempi.files.trace_columns import SHAPE, groups_of
 from moempi.recorder import LEVELS
 
 Open = Callable[[], AbstractContextManager[h5py.File]]
@@ -46,7 +47,7 @@ class Columns(Mapping[str, np.ndarray]):
 
 
 class Trace:
-    """A trace that was loaded; docs name the columns of each group, `moempi.files.trace.COLUMNS` lists them.
+    """A trace that was loaded; docs name the columns of each group, `moempi.files.trace_columns.COLUMNS` lists them.
 
     Attributes:
         level: how much was recorded; one of LEVELS.
@@ -65,14 +66,34 @@ class Trace:
             self.n_ranks, self.n_layers, self.n_experts, self.top_k = (int(file.attrs[name]) for name in SHAPE)
 
     @cached_property
+    def wall(self) -> Columns:
+        """rank, begin, end, time in ns: a row for each rank that has begun to work."""
+        return self._columns("wall", "summary")
+
+    @cached_property
     def sums(self) -> Columns:
-        """rank, stage, layer, count, time in ns: one row for each that something was recorded for."""
+        """rank, phase, stage, layer, count, time in ns, tokens: a row for each that something was recorded for."""
         return self._columns("sums", "summary")
 
     @cached_property
     def traffic(self) -> Columns:
-        """kind, layer, source, destination, rows, bytes, messages."""
+        """kind, layer, source, destination, rows, bytes, messages; as the senders counted."""
         return self._columns("traffic", "summary")
+
+    @cached_property
+    def received(self) -> Columns:
+        """The same as the receivers counted, without what stayed on its rank."""
+        return self._columns("received", "summary")
+
+    @cached_property
+    def sizes(self) -> Columns:
+        """rank, kind, size_class, messages."""
+        return self._columns("sizes", "summary")
+
+    @cached_property
+    def waits(self) -> Columns:
+        """rank, peer, answers, answer_time, waits, wait_time, exposed_time; times in ns."""
+        return self._columns("waits", "summary")
 
     @cached_property
     def spans(self) -> Columns:
@@ -86,7 +107,7 @@ class Trace:
 
     @cached_property
     def clocks(self) -> Columns:
-        """offset and error of every rank's clock, in ns."""
+        """offset, drift and error of every rank's clock; ns, ns per ns, ns."""
         return Columns(self._open, "clocks")
 
     @cached_property

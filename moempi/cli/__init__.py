@@ -14,10 +14,14 @@ VERBS = {
     "run": "Run a job: completions for a file of prompts.",
     "doctor": "Say what of this machine is fine for moempi, and what to do about the rest.",
     "job": "Describe the job file: a schema for editors.",
+    "submit": "Submit a job to Slurm.",
+    "status": "Say how far submitted jobs are.",
+    "cancel": "End a submitted job, in order.",
     "weights": "Import, export, make and describe weights files.",
-    "inputs": "Make and describe files of prompts.",
+    "inputs": "Make, cut and describe files of prompts.",
     "outputs": "Show, compare and merge files of completions.",
     "trace": "Say and draw where every token and every microsecond went.",
+    "bench": "Measure what planners need to know of a machine.",
 }
 
 

@@ -1,4 +1,4 @@
-"""`moempi inputs`: make, info."""
+"""`moempi inputs`: make, split, info."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 
 @click.group(cls=Group)
 def inputs() -> None:
-    """Make and describe files of prompts.
+    """Make, cut and describe files of prompts.
 
     \b
     moempi inputs make inputs/prompts.jsonl inputs/tinymoe.h5 inputs/prompts.h5
@@ -46,6 +46,27 @@ def make(prompts: Path, weights: Path, out: Path, overwrite: bool, as_json: bool
 
     make_inputs(prompts, weights, out)
     show(info(out), as_json)
+
+
+@inputs.command()
+@click.argument("file", type=_PATH)
+@click.argument("folder", type=_PATH)
+@click.option("-k", "--shards", type=click.IntRange(1, 1000), required=True, help="How many shards to cut it into.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=64, show_default=True, help="The job's default.")
+@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@_json
+def split(file: Path, folder: Path, shards: int, max_new_tokens: int, overwrite: bool, as_json: bool) -> None:
+    """Cut the inputs FILE into shards of about equal work, in FOLDER: shard-000.h5, shard-001.h5, ...
+
+    Each is an inputs file of its own; `moempi outputs merge` puts their outputs together, in the order of FILE.
+
+    Example: moempi inputs split inputs/prompts.h5 out/shards -k 4
+    """
+    from moempi.files.shards import read_stamp, split_inputs
+
+    paths = split_inputs(file, folder, shards, max_new_tokens, overwrite=overwrite)
+    stamps = {str(path): read_stamp(path) for path in paths}
+    show({path: stamp.sequences for path, stamp in stamps.items() if stamp is not None}, as_json)
 
 
 @inputs.command("info")

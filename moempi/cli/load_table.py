@@ -32,7 +32,7 @@ def load_table(rows: list[dict[str, Any]], n_experts: int) -> Table:
     """
     few = n_experts <= MOST_COLUMNS
     experts = [str(expert) for expert in range(n_experts)] if few else [_bar_heading(n_experts)]
-    table = plain_table(_title(rows, n_experts), "layer", *experts, "busiest", "share", "max/mean")
+    table = plain_table(_title(rows, n_experts), "layer", *experts, "busiest", "share", "max over mean")
     table.padding = 0
     for row in rows:
         load = row["tokens_per_expert"]

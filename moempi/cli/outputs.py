@@ -63,17 +63,22 @@ def show(file: Path, first: int | None, ids: tuple[str, ...], as_json: bool) -> 
 @click.argument("out", type=_PATH)
 @click.argument("files", type=_PATH, nargs=-1, required=True)
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it is there.")
+@click.option("--mixed", is_flag=True, help="Join files of different weights, options or libraries too.")
+@click.option("--incomplete", is_flag=True, help="Join some shards of an input without the others.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def merge(out: Path, files: tuple[Path, ...], overwrite: bool, as_json: bool) -> None:
-    """Join the outputs FILES (the shards of an array job) into OUT; no id may occur twice.
+def merge(out: Path, files: tuple[Path, ...], overwrite: bool, mixed: bool, incomplete: bool, as_json: bool) -> None:
+    """Join the outputs FILES into OUT; no id may occur twice, and all must be of one model and the same options.
 
-    Of a run that is not finished what it has committed is taken.
+    Shards of one input, as of an array job, are put in its order. Of a run that is not finished what it has
+    committed is taken.
 
     Example: moempi outputs merge all.h5 shard-*.h5
     """
     from moempi.files.outputs import merge_outputs
 
-    n = merge_outputs(out, list(files), overwrite=overwrite, decode=_decoder_of_unfinished)
+    n = merge_outputs(
+        out, list(files), overwrite=overwrite, decode=_decoder_of_unfinished, mixed=mixed, incomplete=incomplete
+    )
     if as_json:
         click.echo(json.dumps({"file": str(out), "merged_files": len(files), "sequences": n}))
     else:

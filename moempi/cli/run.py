@@ -22,6 +22,8 @@ from moempi.job import Job, load_job, to_toml
 from moempi.progress import TERMINAL, open_terminal, own_terminal, terminal_for_ranks
 
 if TYPE_CHECKING:
+    from mpi4py import MPI
+
     from moempi.report import Outcome
 
 BEGAN = "MOEMPI_BEGAN"  # when `moempi run -n` was given, in s since 1970, for its ranks
@@ -46,6 +48,7 @@ BEGAN = "MOEMPI_BEGAN"  # when `moempi run -n` was given, in s since 1970, for i
 @click.option("--quiet", is_flag=True, help="No progress, no summary: only warnings, errors, and --json.")
 @click.option("--log-dir", type=click.Path(path_type=Path), help="Write a file of messages per rank into this folder.")
 @click.option("--mpirun", metavar="COMMAND", help="The mpirun that -n starts; by default the one beside this Python.")
+@click.option("--requeue", is_flag=True, help="In a batch job: ask Slurm for another turn if stopped early.")
 def run(
     job: Path,
     ranks: int | None,
@@ -55,6 +58,7 @@ def run(
     quiet: bool,
     log_dir: Path | None,
     mpirun: str | None,
+    requeue: bool,
     **how: bool,
 ) -> int:
     """Run JOB: completions for a file of prompts.
@@ -74,12 +78,15 @@ def run(
         return _dry_run(checked, ranks or mpi.launched_size(), as_json)
     if ranks is not None and mpi.launched_size() > 1:
         raise JobError(f"-n {ranks} starts mpirun, but this is one of {mpi.launched_size()} ranks already: omit -n")
+    if requeue and ranks is None:
+        raise JobError("--requeue is for the one process of a batch script that starts the ranks: give -n")
     if ranks is not None:
         given = {**{f"--{name}": on for name, on in how.items()}, "--json": as_json, "--quiet": quiet}
         words = ["run", str(job), *(part for override in overrides for part in ("--set", override))]
         words += [flag for flag, on in given.items() if on]
         words += ["--log-dir", str(log_dir)] if log_dir else []
-        return _launch(words, ranks, checked.run.grace, mpirun, "" if quiet else f"{plural(ranks, 'rank')} for {job}")
+        what = "" if quiet else f"{plural(ranks, 'rank')} for {job}"
+        return _launch(words, ranks, checked, mpirun, what, requeue=requeue)
     return _run_here(checked, Shown(as_json, quiet, log_dir), **how)
 
 
@@ -92,8 +99,9 @@ class Shown:
     log_dir: Path | None
 
 
-def _launch(arguments: list[str], ranks: int, grace: float, mpirun: str | None, what: str) -> int:
+def _launch(arguments: list[str], ranks: int, job: Job, mpirun: str | None, what: str, *, requeue: bool) -> int:
     from moempi.launch import find_mpirun, launch, this_program
+    from moempi.slurm.requeue import Turn
 
     find_mpirun(mpirun, os.environ)  # before anything is said
     if what:
@@ -101,7 +109,11 @@ def _launch(arguments: list[str], ranks: int, grace: float, mpirun: str | None, 
     # The ranks write into pipes: only this process knows of the terminal behind them, and when it all began.
     os.environ[TERMINAL] = terminal_for_ranks(sys.stderr, os.environ)
     os.environ[BEGAN] = repr(time.time())
-    return launch(this_program(*arguments), ranks, grace, mpirun)
+    turn = Turn(job.output.file) if requeue else None
+    code = launch(this_program(*arguments), ranks, job.run.grace, mpirun, mpi.signals)
+    if turn is not None:
+        turn.end(code)
+    return code
 
 
 def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: bool) -> int:
@@ -114,6 +126,7 @@ def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: 
     draws = world.rank == 0 and not shown.quiet
     terminal = (open_terminal(os.environ) or own_terminal(sys.stderr, os.environ)) if draws else None
     logs.set_up(world.rank, quiet=shown.quiet, folder=shown.log_dir, in_terminal=terminal is not None)
+    _warn_of_hidden_gpus(world)
     from moempi.run import run as run_job
 
     try:
@@ -130,6 +143,17 @@ def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: 
     return outcome.exit_code
 
 
+def _warn_of_hidden_gpus(world: MPI.Intracomm) -> None:
+    """Say so where Slurm hides the neighbours' GPUs. Collective, because ranks of a node are counted."""
+    import logging
+
+    from moempi.slurm.binding import hidden_gpus
+
+    text = hidden_gpus(os.environ, mpi.ranks_on_node(world))
+    if text and world.rank == 0:
+        logging.getLogger("moempi").warning(text)
+
+
 def describe(outcome: Outcome, seconds: float = 0.0) -> str:
     """The last lines of a run, for a person.
 
@@ -138,10 +162,13 @@ def describe(outcome: Outcome, seconds: float = 0.0) -> str:
     """
     if outcome.already_done:
         return f"nothing to do: {outcome.output} is complete"
+    now = outcome.new_tokens - outcome.earlier_new_tokens
+    resumed = outcome.earlier_new_tokens or outcome.earlier_finished
     lines = [
         f"{outcome.finished} of {plural(outcome.sequences, 'sequence')} finished, "
-        f"{plural(outcome.new_tokens, 'new token')} in {outcome.seconds:.2f} s: {outcome.tokens_per_second:.0f} "
-        f"tokens/s ({outcome.mode} mode, {plural(outcome.ranks, 'rank')})",
+        f"{plural(outcome.new_tokens, 'new token')}{f'; in this run {now:,}' if resumed else ''} in "
+        f"{outcome.seconds:.2f} s: {outcome.tokens_per_second:.0f} tokens/s "
+        f"({outcome.mode} mode, {plural(outcome.ranks, 'rank')})",
     ]
     if seconds:
         lines.append(f"total:  {seconds:.1f} s, with start-up, reading and writing")

@@ -14,14 +14,11 @@ from moempi.errors import JobError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from rich.table import Table
 
-TABLES = ("time", "load", "traffic")
+SECTIONS = ("time", "phases", "waits", "experts", "load", "traffic", "messages")
 PICTURES = ("load", "traffic", "timeline")
 
 _PATH = click.Path(path_type=Path)
-_RANKS_IN_A_TABLE = 16  # of more ranks only the extremes are shown
-_LINKS_SHOWN = 10
 
 
 @click.group(cls=Group)
@@ -34,39 +31,55 @@ def trace() -> None:
 
 @trace.command()
 @click.argument("file", type=_PATH)
-@click.option("--only", multiple=True, type=click.Choice(TABLES), help="Print this table; may be given again.")
+@click.option("--only", multiple=True, type=click.Choice(SECTIONS), help="Print this section; may be given again.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object, with every rank and pair of ranks.")
-def summary(file: Path, only: tuple[str, ...], as_json: bool) -> None:
+@click.option("--check", is_flag=True, help="Only check that all counts agree; exit code 3 where some do not.")
+@click.option("--outputs", type=_PATH, help="With --check: the run's completions, to be checked too.")
+def summary(file: Path, only: tuple[str, ...], as_json: bool, check: bool, outputs: Path | None) -> None:
     """Tables of time, load and traffic.
 
-    Time per stage and rank, load per layer and expert, traffic between ranks.
+    Time per stage and rank, prefill and decode apart, who waited for whom, how busy the experts were, load per
+    layer and expert, traffic between ranks and nodes, sizes of messages.
 
-    Example: moempi trace summary out/demo.trace.h5 --only load
+    Examples: moempi trace summary out/demo.trace.h5 --only load;
+    moempi trace summary out/demo.trace.h5 --check --outputs out/demo.h5
     """
     from moempi import analysis
 
-    found = analysis.summarize(analysis.load(file))
-    if as_json:
-        click.echo(json.dumps(found, indent=2))
+    trace = analysis.load(file)
+    if check:
+        _check(trace, outputs)
+    elif as_json:
+        click.echo(json.dumps(analysis.summarize(trace), indent=2))
     else:
-        _display(found, only or TABLES)
+        _display(analysis.summarize(trace), only or SECTIONS)
+
+
+def _check(trace: Any, outputs: Path | None) -> None:
+    from moempi.analysis import disagreements
+    from moempi.errors import DataError
+    from moempi.files.outputs import read_outputs
+
+    found = disagreements(trace, None if outputs is None else read_outputs(outputs))
+    if found:
+        raise DataError(f"{trace.path}: {len(found)} counts do not agree:\n  " + "\n  ".join(found))
+    click.echo(f"{trace.path}: all counts agree{'' if outputs is None else f', also with {outputs}'}")
 
 
 def _display(found: dict[str, Any], wanted: tuple[str, ...]) -> None:
     from rich.console import Console
 
-    from moempi.cli.load_table import load_table
+    from moempi.cli import trace_tables as tables
 
     console = Console(highlight=False)
     console.print(_title(found), style="bold", markup=False, soft_wrap=True)
-    tables = {
-        "time": lambda: [_time(found), *_time_by_rank(found)],
-        "load": lambda: [load_table(found["load"], found["experts"])],
-        "traffic": lambda: [_traffic(found)],
-    }
-    for table in (table for name in TABLES if name in wanted for table in tables[name]()):
-        console.print()
-        console.print(table)
+    for section in (section for section in SECTIONS if section in wanted):
+        for shown in getattr(tables, section)(found):
+            # A title of its own is not wrapped to the width of its table.
+            title, shown.title = shown.title, None
+            console.print()
+            console.print(title, style="bold", markup=False, soft_wrap=True)
+            console.print(shown)
 
 
 def _title(found: dict[str, Any]) -> str:
@@ -74,63 +87,7 @@ def _title(found: dict[str, Any]) -> str:
     mode = f", mode {found['mode']}" if found["mode"] else ""
     error = found["clock_error_ns"]
     clocks = "clock errors not known" if error is None else f"clocks agree within {error / 1e3:.1f} us"
-    return f"{found['file']}: level {found['level']}{mode}, {found['ranks']} ranks, {clocks}{state}"
-
-
-def _table(title: str, *columns: str) -> Table:
-    from moempi.cli.load_table import plain_table
-
-    return plain_table(title, *columns)
-
-
-def _time(found: dict[str, Any]) -> Table:
-    table = _table("Time per stage in s (stages may lie inside others)", "stage", "spans", "mean", "least", "most")
-    for stage, each in _seconds(found).items():
-        spans = sum(row["spans"] for row in found["time"] if row["stage"] == stage)
-        ends = [f"{each[rank]:.3f} (rank {rank})" for rank in (each.index(min(each)), each.index(max(each)))]
-        table.add_row(stage, f"{spans:,}", f"{sum(each) / len(each):.3f}", *ends)
-    return table
-
-
-def _time_by_rank(found: dict[str, Any]) -> list[Table]:
-    if found["ranks"] > _RANKS_IN_A_TABLE:
-        return []
-    seconds = _seconds(found)
-    table = _table("Time per rank and stage in s", "rank", *seconds)
-    for rank in range(found["ranks"]):
-        table.add_row(str(rank), *(f"{each[rank]:.2f}" for each in seconds.values()))
-    return [table]
-
-
-def _seconds(found: dict[str, Any]) -> dict[str, list[float]]:
-    """Seconds of each rank by stage, stages in the order of the first rank that has them."""
-    seconds: dict[str, list[float]] = {}
-    for row in found["time"]:
-        seconds.setdefault(row["stage"], [0.0] * found["ranks"])[row["rank"]] = row["seconds"]
-    return seconds
-
-
-def _traffic(found: dict[str, Any]) -> Table:
-    links = [row for row in found["traffic"] if row["source"] != row["destination"]]
-    links.sort(key=lambda row: -row["bytes"])
-    table = _table(
-        f"Traffic (the {_LINKS_SHOWN} pairs of ranks with most bytes)", "kind", "from", "to", "rows", "MB", "messages"
-    )
-    for kind in dict.fromkeys(row["kind"] for row in found["traffic"]):
-        of_kind = [row for row in found["traffic"] if row["kind"] == kind]
-        local = [row for row in of_kind if row["source"] == row["destination"]]
-        _add_traffic(table, kind, "all", "others", [row for row in links if row["kind"] == kind])
-        _add_traffic(table, kind, "all", "itself", local)
-    table.add_section()
-    for row in links[:_LINKS_SHOWN]:
-        _add_traffic(table, row["kind"], str(row["source"]), str(row["destination"]), [row])
-    return table
-
-
-def _add_traffic(table: Table, kind: str, source: str, destination: str, rows: list[dict[str, Any]]) -> None:
-    total = {name: sum(row[name] for row in rows) for name in ("rows", "bytes", "messages")}
-    numbers = (f"{total['rows']:,}", f"{total['bytes'] / 1e6:,.3f}", f"{total['messages']:,}")
-    table.add_row(kind, source, destination, *numbers)
+    return f"{found['file']}: level {found['level']}{mode}, {found['n_ranks']} ranks, {clocks}{state}"
 
 
 trace.add_command(specialists)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Experts:
         self._slots = slots
         self._queues: dict[SlotKey, deque[_Section]] = {}
         self._rows: dict[SlotKey, int] = {}  # rows waiting, only of slots that have any
+        self.since = 0  # when the first of the rows came that wait, or waited last (ns of time.perf_counter_ns())
         self.calls = 0
         self.rows_computed = 0
 
@@ -59,6 +61,8 @@ class Experts:
 
     def add(self, arrival: Arrival) -> None:
         """Queue an arrival's rows at their slots; they can be computed from now on."""
+        if not self._rows:
+            self.since = time.perf_counter_ns()
         lo = 0
         for number, rows in enumerate(arrival.rows_per_slot):
             if rows:

@@ -14,6 +14,7 @@ from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import Future
 from moempi.model.expert import tree_sum
 from moempi.model.gate import Route
+from moempi.stages import PACK
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def dispatch(engine: Engine, layer: int, microbatch: int, hidden: Tensor, covers
     answers = torch.empty(rows.shape, dtype=engine.answer_dtype(table))
     messages = [piece for message in plan.messages for piece in cut_into_pieces(message, most_rows)]
     back = Future(len(messages))
+    engine.recorder.lap(PACK, layer, engine.recorder.dispatching, len(rows))
     for m in messages:
         engine.send(m, layer, microbatch, rows[m.lo : m.hi], answers[m.lo : m.hi], back)
     return Rows(plan, table, answers, engine.dtype, back)

@@ -24,7 +24,20 @@ from moempi.exchange.plan import Message, Tags, header_bytes
 from moempi.exchange.requests import Requests
 from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import PAUSE, Future, Slicer, Task
-from moempi.recorder import ANSWER_KIND, DISPATCH_KIND, EXPERT, IDLE, Recorder
+from moempi.recorder import Recorder
+from moempi.stages import (
+    ANSWER_KIND,
+    BARRIER,
+    CONTROL,
+    DISPATCH_KIND,
+    EXPERT,
+    EXPOSED,
+    IDLE,
+    LOADED,
+    NO_STEP,
+    POLL,
+    RECEIVE,
+)
 
 EMPTY_POLLS = 20  # before the first sleep
 SHORTEST_SLEEP = 50e-6
@@ -59,6 +72,7 @@ class Unanswered:
     microbatch: int
     peer: int
     rows: int
+    posted: int  # ns of the recorder's clock
 
     def describe(self, now: float) -> str:
         """Who owes what, and since when; `now` is on the engine's own clock."""
@@ -115,6 +129,7 @@ class Engine:
         """Turn until every task has ended and every request is complete. Collective over the ranks of the job."""
         self._ready.extend(tasks)
         self._living = len(tasks)
+        self.recorder.start()
         while self._living or self.requests:
             self.turn()
         # Others may still be at it: go on serving them until all are here.
@@ -132,6 +147,8 @@ class Engine:
         """Look at the network, resume one task, serve one expert; rest if there was nothing to do."""
         moved = self.poll()
         self._look_for_stall()
+        if moved or self._ready or self.experts:
+            self.recorder.lap(RECEIVE if moved else POLL)
         if self._ready:
             # A task that only waits now lets the next one add its rows before the experts compute;
             # one that paused is in the middle of long work and gives way to them.
@@ -151,8 +168,12 @@ class Engine:
         """Take arrivals, complete requests, ask the services; whether anything happened."""
         moved = self._take_arrivals()
         moved = self.requests.test() or moved
-        for service in self.services:
-            moved = service() or moved
+        begin = time.perf_counter_ns()
+        acted = [service() for service in self.services]
+        if any(acted):
+            self.recorder.lap(RECEIVE if moved else POLL, end=begin)
+            self.recorder.lap(CONTROL)
+            moved = True
         return moved
 
     def _resume(self, task: Task) -> bool:
@@ -167,9 +188,11 @@ class Engine:
         waiting.task = task
         return False
 
-    def notify(self, future: Future) -> None:
-        """One of the things that `future` waits for has happened."""
+    def notify(self, future: Future, by: int = -1) -> None:
+        """One of the things that `future` waits for has happened; `by`: the rank that did it."""
         future.left -= 1
+        if future.left == 0:
+            future.by, future.at = by, time.perf_counter_ns()
         if future.left == 0 and future.task is not None:
             self._ready.append(future.task)
 
@@ -177,8 +200,10 @@ class Engine:
         """One expert call, and the answers that are complete with it."""
         begin = time.perf_counter_ns()
         layer, rows, finished = self.experts.serve(self.slicer.size(EXPERT))
-        end = self.slicer.learn(EXPERT, rows, begin)
-        self.recorder.span(EXPERT, layer, -1, -1, begin, end, rows, 0, -1)
+        self.slicer.learn(EXPERT, rows, begin)
+        self.recorder.lap(EXPERT, layer, tokens=rows)
+        if not self.experts:
+            self.recorder.span(LOADED, -1, NO_STEP, self.experts.since, self.recorder.since, 0, 0, -1)
         for arrival in finished:
             self.answer(arrival)
 
@@ -186,12 +211,16 @@ class Engine:
         self._empty_polls += 1
         if self._empty_polls <= EMPTY_POLLS:
             os.sched_yield()
-            return
-        begin = time.perf_counter_ns()
-        longest = LONGEST_SLEEP if self._unanswered else LONGEST_IDLE_SLEEP
-        doublings = min(self._empty_polls - EMPTY_POLLS - 1, 10)
-        time.sleep(min(longest, SHORTEST_SLEEP * 2**doublings))
-        self.recorder.span(IDLE, -1, -1, -1, begin, time.perf_counter_ns(), 0, 0, -1)
+        else:
+            longest = LONGEST_SLEEP if self._unanswered else LONGEST_IDLE_SLEEP
+            doublings = min(self._empty_polls - EMPTY_POLLS - 1, 10)
+            time.sleep(min(longest, SHORTEST_SLEEP * 2**doublings))
+        # The look at the network that found nothing is part of the rest.
+        oldest = next(iter(self._unanswered.values()), None)
+        if oldest is not None:
+            self.recorder.rest(EXPOSED, oldest.peer)
+        else:
+            self.recorder.rest(BARRIER if self._meeting else IDLE)
 
     def now(self) -> float:
         """The engine's own clock (s)."""
@@ -241,16 +270,18 @@ class Engine:
             self.recorder.sent(DISPATCH_KIND, layer, peer, n, 0)
             self.experts.add(Arrival(peer, tag, layer, microbatch, rows, answer, message.rows_per_slot, n, done))
             return
-        self._unanswered[peer, tag] = Unanswered(self._clock, layer, microbatch, peer, n)
+        self._unanswered[peer, tag] = Unanswered(self._clock, layer, microbatch, peer, n, self.recorder.since)
         receive = self._channels.answers.Irecv(as_bytes(answer), peer, tag)
-        self.requests.add(receive, lambda: self._answered(peer, tag, done))
+        self.requests.add(receive, lambda: self._answered(peer, tag, answer.nbytes, done))
         payload = frame(rows, message.rows_per_slot)
         self.requests.add(self._channels.dispatch.Isend(payload, peer, tag), lambda: payload)
         self.recorder.sent(DISPATCH_KIND, layer, peer, n, payload.nbytes)
 
-    def _answered(self, peer: int, tag: int, done: Future) -> None:
-        del self._unanswered[peer, tag]
-        self.notify(done)
+    def _answered(self, peer: int, tag: int, nbytes: int, done: Future) -> None:
+        dispatch = self._unanswered.pop((peer, tag))
+        self.recorder.received(ANSWER_KIND, dispatch.layer, peer, dispatch.rows, nbytes)
+        self.recorder.answered(peer, dispatch.posted)
+        self.notify(done, peer)
 
     # ------------------------------------------------------------ the expert's side: rows in, answers out
 
@@ -284,13 +315,14 @@ class Engine:
         counts = read_header(buffer, table.slots_on(self.rank)) if header else (n,)
         answer = torch.empty(n, self.d_model, dtype=self.answer_dtype(table))
         microbatch = self.tags.microbatch(tag)
+        self.recorder.received(DISPATCH_KIND, layer, source, n, buffer.nbytes)
         self.experts.add(Arrival(source, tag, layer, microbatch, rows, answer, counts, n, charged=charged))
 
     def answer(self, arrival: Arrival) -> None:
         """Send a complete answer home; local rows are home already."""
         if arrival.done is not None:
             self.recorder.sent(ANSWER_KIND, arrival.layer, self.rank, len(arrival.rows), 0)
-            self.notify(arrival.done)
+            self.notify(arrival.done, self.rank)
             return
         payload = as_bytes(arrival.answer)
         request = self._channels.answers.Isend(payload, arrival.source, arrival.tag)

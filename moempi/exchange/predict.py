@@ -13,7 +13,7 @@ import numpy as np
 
 from moempi.exchange.plan import header_bytes
 from moempi.exchange.slots import LayerTable
-from moempi.recorder import ANSWER_KIND, DISPATCH_KIND
+from moempi.stages import ANSWER_KIND, DISPATCH_KIND
 
 # The columns of /traffic in a trace, in the order in which its rows are sorted; then what is counted.
 LINK = ("source", "kind", "layer", "destination")

@@ -10,12 +10,16 @@ Task = Coroutine[Any, None, None]
 
 
 class Future:
-    """Becomes done when `set` has been called `left` times; one task may wait for it."""
+    """Becomes done when it has been notified `left` times; one task may wait for it.
 
-    __slots__ = ("left", "task")
+    Once it is done, `by` is the rank that was last to do its share (-1: no particular one), `at` is when (ns).
+    """
+
+    __slots__ = ("at", "by", "left", "task")
 
     def __init__(self, left: int = 1):
         self.left = left
+        self.by, self.at = -1, 0
         self.task: Task | None = None
 
     def __await__(self) -> Generator[Future, None, None]:

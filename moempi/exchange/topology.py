@@ -51,16 +51,18 @@ class Clock:
 
     offset: int
     error: int
+    at: int  # when it was measured, on this rank's clock
 
 
 def align_clocks(world: MPI.Intracomm) -> Clock:
     """Measure this rank's clock against rank 0's. Collective; ranks take turns.
 
     Ranks that run under the same kernel read the same clock: offset and error are 0. Others exchange
-    messages with rank 0; half the shortest round trip bounds the error (Cristian, 1989).
+    messages with rank 0; half the shortest round trip bounds the error (Cristian, 1989). Measured again at the
+    end of a job it also shows how far the clocks have drifted.
     """
     kernels = world.allgather(_kernel())
-    clock = Clock(0, 0)
+    clock = Clock(0, 0, time.perf_counter_ns())
     for rank in range(1, world.size):
         if kernels[rank] == kernels[0]:
             continue
@@ -87,12 +89,12 @@ def _serve_time(world: MPI.Intracomm, rank: int) -> None:
 
 
 def _ask_time(world: MPI.Intracomm) -> Clock:
-    best = Clock(0, 2**62)
+    best = Clock(0, 2**62, 0)
     for _ in range(ROUND_TRIPS):
         begin = time.perf_counter_ns()
         world.send(None, dest=0)
         theirs = world.recv(source=0)
         end = time.perf_counter_ns()
         if end - begin < 2 * best.error:
-            best = Clock((begin + end) // 2 - theirs, -(-(end - begin) // 2))
+            best = Clock((begin + end) // 2 - theirs, -(-(end - begin) // 2), end)
     return best

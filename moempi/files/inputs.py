@@ -32,8 +32,11 @@ class Prompts:
     max_new_tokens: np.ndarray  # int32 [n], 0: the job's default
 
 
-def write_inputs(path: Path, prompts: Prompts, sources: Mapping[str, str]) -> None:
+def write_inputs(path: Path, prompts: Prompts, sources: Mapping[str, str], shard: str = "") -> None:
     """Write an inputs file; an existing one is replaced. `sources` is {name: SHA-256} of what it is made from.
+
+    Args:
+        shard: which part of another input this is, as `files.shards` stamps it; "": a whole one.
 
     Raises:
         DataError: the file cannot be written, or two prompts have the same id.
@@ -50,6 +53,8 @@ def write_inputs(path: Path, prompts: Prompts, sources: Mapping[str, str]) -> No
             schema.write_ragged_text(file, "text", prompts.text)
         own = prompts.max_new_tokens.astype(np.int32, copy=False)
         schema.write_column(file, "max_new_tokens", own, units="tokens", text="most new tokens; 0: the job's default")
+        if shard:
+            schema.write_text(file, "shard", shard)
 
 
 def read_inputs(path: Path) -> Prompts:

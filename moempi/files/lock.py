@@ -109,6 +109,20 @@ class Lock:
         return json.dumps(held).encode().ljust(_LENGTH - 1) + b"\n"
 
 
+def outwait(output: Path) -> None:
+    """Wait until a lock that a killed run left behind may be taken over; return at once where its owner is alive.
+
+    Takes up to `STALE` seconds, after a kill on another host; for a batch job that follows right behind.
+    """
+    path = lock_file(output)
+    first = _read(path)
+    while (held := _read(path)) and held == first and not _died_here(held):
+        age = _age(path, held)
+        if age is None or age >= STALE:
+            return
+        time.sleep(min(1.0, STALE - age))
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         held = json.loads(path.read_bytes())

@@ -20,6 +20,7 @@ from moempi.files.completions import Head, Origin, Outputs, OutputsFile, ragged_
 from moempi.files.inputs import Prompts, read_inputs
 from moempi.files.output_parts import PATTERN, WINDOW, Decode, gather, latest_of, read_parts
 from moempi.files.parts import committed_parts
+from moempi.files.together import check_alike, in_input_order, is_whole
 
 
 @dataclass(frozen=True)
@@ -113,27 +114,36 @@ def merge_outputs(
     overwrite: bool = False,
     decode: Callable[[Path], Decode | None] | None = None,
     window: int = WINDOW,
+    mixed: bool = False,
+    incomplete: bool = False,
 ) -> int:
-    """Join outputs into one file, sequences in the order of the files; returns the number of sequences.
+    """Join outputs into one file; returns the number of sequences.
 
-    Unfinished runs are taken as far as they are committed. The job and environment are those of the first file, an
-    identity that differs between the files is said to, and /sources names every file with its SHA-256.
+    Sequences stand in the order of the files; outputs of shards of one input in its order, whatever order they are
+    given in. Unfinished runs are taken as far as they are committed. The job and environment are those of the first
+    file, an identity that differs between the files is said to, and /sources names every file with its SHA-256.
 
     Args:
         decode: gives the decode function of an unfinished run, by its path.
         window: tokens to hold at a time.
+        mixed: take files of different weights, options or libraries too.
+        incomplete: take some shards of an input without the others.
 
     Raises:
         JobError: `out` exists, or is one of the files.
-        DataError: one is missing or damaged, an id occurs twice, or the modes differ.
+        DataError: one is missing or damaged, an id occurs twice, they don't belong together, or a shard is missing.
     """
     if out.resolve() in {path.resolve() for path in paths}:
         raise JobError(f"{out}: is the file to write and one of those to read")
     if (out.exists() and not overwrite) or committed_parts(out, PATTERN):
         raise JobError(f"{out}: exists already, or a run is writing it; give --overwrite, or another name")
     shards = [open_shard(path, decode(path) if decode else None) for path in paths]
-    _check_ids([shard.head for shard in shards])
+    _one_mode([shard.head for shard in shards])
+    if not mixed:
+        check_alike([shard.head for shard in shards])
+    shards = in_input_order(shards, incomplete=incomplete)
     heads = [shard.head for shard in shards]
+    _check_ids(heads)
     origin = _merged_origin(heads)
     made_by = heads[0].environment if heads else ""
     with schema.create(out, "outputs", sources=origin.sources, job=origin.job, made_by=made_by) as file:
@@ -156,6 +166,10 @@ def _merged_origin(heads: list[Head]) -> Origin:
     for key in keys:
         values = {head.origin.identity.get(key, "not set") for head in heads}
         identity[key] = values.pop() if len(values) == 1 else "differs between the merged files"
+    if all(head.finished == head.origin.n_sequences for head in heads) and is_whole(heads):
+        # What one run of the whole input would have written.
+        identity["inputs"] = identity.pop("whole_inputs")
+        del identity["shard"]
     sources = {str(path): schema.file_digest(path) for head in heads for path in _files_of(head.path)}
     return replace(
         heads[0].origin,

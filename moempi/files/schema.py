@@ -36,6 +36,7 @@ VERSIONS = {
     "trace": 1,
     "trace-part": 1,
     "placement": 1,
+    "links": 1,
 }
 COMPUTED = ("outputs", "trace")  # files whose numbers depend on the processor
 # What the HDF5 1.10 tools of current distributions can still read.

@@ -1,10 +1,13 @@
 """The trace file: what every rank noted down, written as parts while the job runs and merged by rank 0 at its end.
 
-    /spans/{rank,stage,layer,microbatch,step,peer,begin,end,tokens,bytes}      from level full
+    /spans/{rank,phase,stage,layer,microbatch,step,peer,begin,end,tokens,bytes}     from level full
     /routes/{rank,microbatch,step,layer,sequence,position,experts,weights}     level routes
-    /sums/{rank,stage,layer,count,time}     /traffic/{kind,layer,source,destination,rows,bytes,messages}
+    /wall/{rank,begin,end,time}     /sums/{rank,phase,stage,layer,count,time,tokens}
+    /traffic and /received/{kind,layer,source,destination,rows,bytes,messages}
+    /sizes/{rank,kind,size_class,messages}
+    /waits/{rank,peer,answers,answer_time,waits,wait_time,exposed_time}
     /load [L, E]     /load_by_rank [N, L, E], where that is not huge
-    /clocks/{rank,offset,error}     /ranks/{rank,...}
+    /clocks/{rank,offset,drift,error}     /ranks/{rank,...}
     /job, /environment, /run, /sources as JSON text; attributes level, mode, n_ranks, n_layers, n_experts, top_k
 
 begin and end are ns since the job's start, on rank 0's clock. Rows of one rank are in the order in which it noted them.
@@ -17,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -27,78 +30,42 @@ import numpy as np
 from moempi.errors import DataError
 from moempi.files import schema
 from moempi.files.parts import Column, committed_parts, make_folder, parts_folder, remove_parts
-from moempi.recorder import KINDS, LEVELS, STAGES
+from moempi.files.trace_columns import COLUMNS, LEGENDS, SHAPE, WIDE, groups_of
+from moempi.files.trace_counters import Counters, Load, Wall
 
 PATTERN = "rank-*.h5"
-SHAPE = ("n_ranks", "n_layers", "n_experts", "top_k")
-_LARGEST_LOAD_BY_RANK = 2**22  # numbers in /load_by_rank, beyond which it is left out
-
-# Columns of the merged file: name -> type, units, long name. A row of experts and weights is top_k wide.
-_PLACE = {
-    "rank": ("i4", "", "rank"),
-    "layer": ("i2", "", "layer of the model; -1: none"),
-    "microbatch": ("i4", "", "microbatch slot on the rank; -1: none"),
-    "step": ("i4", "", "forward step of the rank; -1: none"),
-}
-COLUMNS: dict[str, dict[str, tuple[str, str, str]]] = {
-    "spans": {
-        **_PLACE,
-        "stage": ("i2", "", "what was done"),
-        "peer": ("i4", "", "the other rank; -1: none"),
-        "begin": ("i8", "ns", "begin, since the job's start on rank 0's clock"),
-        "end": ("i8", "ns", "end, since the job's start on rank 0's clock"),
-        "tokens": ("i8", "", "tokens or rows"),
-        "bytes": ("i8", "bytes", "bytes that were moved"),
-    },
-    "sums": {
-        "rank": _PLACE["rank"],
-        "stage": ("i2", "", "what was done"),
-        "layer": _PLACE["layer"],
-        "count": ("i8", "", "spans"),
-        "time": ("i8", "ns", "sum of their durations"),
-    },
-    "traffic": {
-        "kind": ("i1", "", "dispatch or answer"),
-        "layer": _PLACE["layer"],
-        "source": ("i4", "", "rank that sent"),
-        "destination": ("i4", "", "rank that received"),
-        "rows": ("i8", "", "token rows"),
-        "bytes": ("i8", "bytes", "bytes of these rows and their headers"),
-        "messages": ("i8", "", "messages; rows that stay on their rank need none"),
-    },
-    "routes": {
-        **_PLACE,
-        "sequence": ("i8", "", "row of the input"),
-        "position": ("i4", "", "place in the sequence"),
-        "experts": ("i2", "", "experts of the token, in the order of the gate"),
-        "weights": ("f4", "", "their weights"),
-    },
-}
-_WIDE = ("experts", "weights")
-_LEGENDS = {"stage": STAGES, "kind": KINDS}
 
 
 @dataclass(frozen=True)
 class Clocks:
-    """How the ranks' clocks (time.perf_counter_ns) relate to rank 0's, in ns."""
+    """How the ranks' clocks (time.perf_counter_ns) relate to rank 0's, in ns.
+
+    Between two measurements a clock is taken to gain evenly, so that the larger of their errors bounds the error.
+    """
 
     start: int  # the job's start on rank 0's clock
     offset: np.ndarray  # int64 [N], rank's clock - rank 0's
     error: np.ndarray  # int64 [N], bound of the offset's error; -1: not known
+    at: np.ndarray  # int64 [N], when the offset was measured, on the rank's clock
+    drift: np.ndarray  # float64 [N], what the offset gains in a ns of the rank's clock; 0 where measured only once
+
+    def since_start(self, rank: int, times: np.ndarray) -> np.ndarray:
+        """Times of a rank's clock as times since the job's start on rank 0's; int64, in and out."""
+        gained = np.rint(self.drift[rank] * (times - self.at[rank])).astype(np.int64)
+        return times - gained - (self.start + int(self.offset[rank]))
 
 
-def groups_of(level: str) -> tuple[str, ...]:
-    """The groups of columns that a trace of a level has."""
-    depth = LEVELS.index(level)
-    return ("sums", "traffic", *(("spans",) if depth >= 2 else ()), *(("routes",) if depth >= 3 else ()))
+def between(start: int, begin: np.ndarray, end: np.ndarray) -> Clocks:
+    """Clocks that were measured twice: int64 [N, 3] each, offset, error and the rank's own time."""
+    passed = np.maximum(end[:, 2] - begin[:, 2], 1)
+    drift = (end[:, 0] - begin[:, 0]) / passed
+    return Clocks(start, begin[:, 0], np.maximum(begin[:, 1], end[:, 1]), begin[:, 2], drift)
 
 
 # ---------------------------------------------------------------- part files
 
 
-def write_part(
-    path: Path, rank: int, number: int, arrays: Mapping[str, np.ndarray], about: Mapping[str, int | str]
-) -> None:
+def write_part(path: Path, rank: int, number: int, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """Write what a recorder gave as `<trace>.parts/rank-<rank>-<number>.h5`; complete or not there, after any crash.
 
     Args:
@@ -106,7 +73,7 @@ def write_part(
         number: counts this rank's parts, from 1.
         arrays: from `Recorder.take`.
         about: `Recorder.describe`, and what is known when the job starts: `mode`, `job` (JSON text), `start`, `offset`
-            and `error` of this rank's clock. It makes the parts readable when the job never gets to merge them.
+            `error` and `at` of this rank's clock. It makes the parts readable when the job never gets to merge them.
 
     Raises:
         DataError: it cannot be written.
@@ -188,94 +155,45 @@ def fill(
     _write_ranks(file.create_group("ranks"), ranks, int(meta["n_ranks"]))
     _write_clocks(file.create_group("clocks"), clocks)
     columns = {group: _columns(file, group, int(meta["top_k"])) for group in groups_of(str(meta["level"]))}
-    load = _Load(meta)
+    load = Load(meta)
     for rank, of_rank in groupby(parts, _rank_of):
-        counters = _Counters(rank, meta)
+        counters, wall = Counters(rank, meta), Wall()
         for path in of_rank:
             with _open_part(path) as (part, _):
                 _append_rows(columns, part, rank, clocks)
                 counters.add(part)
+                wall.add(part)
                 load.add(rank, part["load"][...])
-        counters.append_to(columns)
+        for group, rows in {**counters.columns(), "wall": _wall_rows(rank, wall, clocks)}.items():
+            for name, data in rows.items():
+                columns[group][name].append(data)
     load.write(file)
+
+
+def _wall_rows(rank: int, wall: Wall, clocks: Clocks) -> dict[str, np.ndarray]:
+    begin, end, time = wall.times().T
+    shifted = {"begin": clocks.since_start(rank, begin), "end": clocks.since_start(rank, end)}
+    return {"rank": np.full(len(time), rank), **shifted, "time": time}
 
 
 def _columns(file: h5py.File, group: str, top_k: int) -> dict[str, Column]:
     made = {}
     for name, (dtype, units, text) in COLUMNS[group].items():
-        width = top_k if name in _WIDE else 0
+        width = top_k if name in WIDE else 0
         made[name] = Column(file.require_group(group), name, dtype, width=width, units=units, text=text)
-        if name in _LEGENDS:
-            schema.set_text_attribute(made[name].dataset, "legend", ",".join(_LEGENDS[name]))
+        if name in LEGENDS:
+            schema.set_text_attribute(made[name].dataset, "legend", ",".join(LEGENDS[name]))
     return made
 
 
 def _append_rows(columns: dict[str, dict[str, Column]], part: h5py.File, rank: int, clocks: Clocks) -> None:
-    shift = clocks.start + int(clocks.offset[rank])
     for group in {"spans", "routes"} & columns.keys() & part.keys():
         for name, column in columns[group].items():
             if name == "rank":
                 data = np.full(len(part[group]["layer"]), rank, dtype=np.int32)
             else:
                 data = part[group][name][...]
-            column.append(data - shift if name in ("begin", "end") else data)
-
-
-class _Counters:
-    """Sums and traffic of one rank over all its parts."""
-
-    def __init__(self, rank: int, meta: Mapping[str, Any]) -> None:
-        self._rank = rank
-        self._sums = np.zeros((2, len(STAGES), int(meta["n_layers"]) + 1), dtype=np.int64)  # [count and time, S, L + 1]
-        self._traffic = np.zeros((3, len(KINDS), int(meta["n_layers"]), int(meta["n_ranks"])), dtype=np.int64)
-
-    def add(self, part: h5py.File) -> None:
-        sums, traffic = part["sums"], part["traffic"]
-        where = (sums["stage"][...], sums["layer"][...] + 1)
-        for place, name in enumerate(("count", "time")):
-            np.add.at(self._sums[place], where, sums[name][...])
-        link = (traffic["kind"][...], traffic["layer"][...], traffic["destination"][...])
-        for place, name in enumerate(("rows", "bytes", "messages")):
-            np.add.at(self._traffic[place], link, traffic[name][...])
-
-    def append_to(self, columns: dict[str, dict[str, Column]]) -> None:
-        stage, layer = np.nonzero(self._sums[0])
-        kind, link_layer, destination = np.nonzero(self._traffic.any(axis=0))
-        found = {
-            "sums": {"stage": stage, "layer": layer - 1, "rank": np.full(len(stage), self._rank)},
-            "traffic": {
-                "kind": kind,
-                "layer": link_layer,
-                "source": np.full(len(kind), self._rank),
-                "destination": destination,
-            },
-        }
-        found["sums"] |= dict(zip(("count", "time"), self._sums[:, stage, layer], strict=True))
-        totals = self._traffic[:, kind, link_layer, destination]
-        found["traffic"] |= dict(zip(("rows", "bytes", "messages"), totals, strict=True))
-        for group, arrays in found.items():
-            for name, data in arrays.items():
-                columns[group][name].append(data)
-
-
-class _Load:
-    """Tokens per layer and expert, in all and by the rank whose gate chose them."""
-
-    def __init__(self, meta: Mapping[str, Any]) -> None:
-        shape = tuple(int(meta[name]) for name in ("n_ranks", "n_layers", "n_experts"))
-        self._total = np.zeros(shape[1:], dtype=np.int64)
-        self._by_rank = np.zeros(shape, dtype=np.int64) if np.prod(shape) <= _LARGEST_LOAD_BY_RANK else None
-
-    def add(self, rank: int, load: np.ndarray) -> None:
-        self._total += load
-        if self._by_rank is not None:
-            self._by_rank[rank] += load
-
-    def write(self, file: h5py.File) -> None:
-        text = "tokens per layer and expert; a token counts once for each of its experts"
-        schema.write_column(file, "load", self._total, text=text)
-        if self._by_rank is not None:
-            schema.write_column(file, "load_by_rank", self._by_rank, text=f"{text}; by the rank of the gate")
+            column.append(clocks.since_start(rank, data) if name in ("begin", "end") else data)
 
 
 def _write_ranks(group: h5py.Group, ranks: Sequence[Mapping[str, Any]], n_ranks: int) -> None:
@@ -290,8 +208,10 @@ def _write_ranks(group: h5py.Group, ranks: Sequence[Mapping[str, Any]], n_ranks:
 
 def _write_clocks(group: h5py.Group, clocks: Clocks) -> None:
     schema.write_column(group, "rank", np.arange(len(clocks.offset), dtype=np.int32), text="rank")
-    text = "clock of the rank minus clock of rank 0; begin and end are corrected by it"
+    text = "clock of the rank minus clock of rank 0 at the job's start; begin and end are corrected by it"
     schema.write_column(group, "offset", clocks.offset.astype(np.int64), units="ns", text=text)
+    text = "what the offset gained in a ns, where it was measured again at the end; begin and end are corrected by it"
+    schema.write_column(group, "drift", clocks.drift.astype(np.float64), text=text)
     text = "bound of the offset's error; -1: not known"
     schema.write_column(group, "error", clocks.error.astype(np.int64), units="ns", text=text)
 
@@ -312,11 +232,12 @@ def fill_from_parts(file: h5py.File, path: Path) -> None:
     abouts = {one["rank"]: one for one in map(_about, first_of_rank)}
     meta = next(iter(abouts.values()))
     n_ranks = int(meta["n_ranks"])
-    clocks = Clocks(int(meta.get("start", 0)), np.zeros(n_ranks, np.int64), np.full(n_ranks, -1, dtype=np.int64))
+    offset, unknown = np.zeros(n_ranks, np.int64), np.full(n_ranks, -1, dtype=np.int64)
+    clocks = Clocks(int(meta.get("start", 0)), offset, unknown, np.zeros_like(offset), np.zeros(n_ranks))
     for rank, one in abouts.items():
         clocks.offset[rank], clocks.error[rank] = one.get("offset", 0), one.get("error", -1)
     schema.write_text(file, "job", str(meta.get("job", "")))
-    known = {key: meta[key] for key in (*SHAPE, "level", "mode") if key in meta}
+    known = {key: meta[key] for key in (*SHAPE, "level", "mode", "cut_layers") if key in meta}
     fill(file, parts, clocks, [], known)
 
 
@@ -326,9 +247,7 @@ def set_aside(path: Path) -> Path | None:
     Returns:
         The name it now has, or None where there was no trace.
     """
-    number = 1
-    while (kept := path.with_suffix(f".{number}{path.suffix}")).exists():
-        number += 1
+    kept = next(one for one in _kept_names(path) if not one.exists())
     if path.exists():
         path.rename(kept)
         remove_parts(path)
@@ -337,3 +256,15 @@ def set_aside(path: Path) -> Path | None:
             fill_from_parts(file, path)
         remove_parts(path)
     return kept if kept.exists() else None
+
+
+def remove_kept(path: Path) -> None:
+    """Remove the traces of earlier attempts that `set_aside` has kept."""
+    for kept in _kept_names(path):
+        if not kept.exists():
+            return
+        kept.unlink()
+
+
+def _kept_names(path: Path) -> Iterator[Path]:
+    return (path.with_suffix(f".{number}{path.suffix}") for number in count(1))

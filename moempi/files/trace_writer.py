@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class TraceWriter:
         about: as of `write_part`.
     """
 
-    def __init__(self, path: Path, rank: int, about: Mapping[str, int | str]) -> None:
+    def __init__(self, path: Path, rank: int, about: Mapping[str, Any]) -> None:
         self.written = 0  # parts
         self._path, self._rank, self._about = path, rank, dict(about)
         self._waiting: queue.SimpleQueue[dict[str, np.ndarray] | None] = queue.SimpleQueue()

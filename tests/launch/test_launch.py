@@ -103,7 +103,8 @@ def test_mpirun_asked_for_then_beside_python_then_on_path(tmp_path: Path, monkey
 def test_options_fit_the_library() -> None:
     assert launch.mpirun_options(OPEN_MPI, 16, {}) == ["--oversubscribe", "--bind-to", "none"]
     assert launch.mpirun_options(MPICH, 16, {}) == []
-    assert launch.mpirun_options(OPEN_MPI, 16, {"SLURM_JOB_ID": "1"}) == []
+    assert launch.mpirun_options(OPEN_MPI, 16, {"SLURM_JOB_ID": "1"}) == ["--bind-to", "none"]
+    assert launch.mpirun_options(OPEN_MPI, 16, {"SLURM_JOB_ID": "1"}, ["--bind-to", "numa"]) == []
 
 
 def test_consent_is_given_for_root_only() -> None:
@@ -113,10 +114,32 @@ def test_consent_is_given_for_root_only() -> None:
 
 @pytest.mark.parametrize(
     ("returned", "first", "expected"),
-    [(0, None, 0), (75, signal.SIGTERM, 75), (3, signal.SIGTERM, 3), (75, signal.SIGINT, 130), (-9, None, 137)],
+    [
+        (0, None, 0),
+        (75, signal.SIGTERM, 75),
+        (3, signal.SIGTERM, 3),
+        (75, signal.SIGINT, 130),
+        (-9, None, 137),
+        # The signal that was passed on came before mpirun, or a rank, could take it.
+        (-signal.SIGUSR1, signal.SIGUSR1, 75),
+        (128 + signal.SIGUSR1, signal.SIGTERM, 75),
+        (128 + signal.SIGUSR1, None, 138),
+    ],
 )
 def test_exit_code_of_the_launcher(returned: int, first: int | None, expected: int) -> None:
     assert launch.exit_code(returned, [(first, 0.0)] if first else []) == expected
+
+
+def test_told_to_stop_beforehand_it_starts_nothing(tmp_path: Path) -> None:
+    drain = mpi.Drain()
+    drain.signal = signal.SIGUSR1
+    started = tmp_path / "started"
+    mpirun = executable(tmp_path / "mpirun")
+    Path(mpirun).write_text(f'#!/bin/sh\n[ "$1" = --version ] || touch {started}\n')
+    assert launch.launch(["true"], 2, 1.0, mpirun, drain) == 75
+    assert not started.exists()
+    assert launch.launch(["true"], 2, 1.0, mpirun, mpi.Drain()) == 0
+    assert started.exists()
 
 
 def raise_it(error: BaseException) -> int:

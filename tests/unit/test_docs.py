@@ -29,7 +29,7 @@ from moempi.job_schema import job_schema
 from moempi.planning.memory import show_bytes
 
 ROOT = Path(__file__).parents[2]
-PLACES = (".", "inputs", "jobs", "benchmarks", "docs", "docs/decisions")
+PLACES = (".", "inputs", "jobs", "slurm", "benchmarks", "docs", "docs/decisions")
 PAGES = {"contributing.md", "changes.md"}  # of the site only: docs/site_pages.py
 DOCUMENTS = sorted(path for place in PLACES for path in (ROOT / place).glob("*.md"))
 documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -267,6 +267,19 @@ def test_files_md_lists_a_placement(tmp_path: Path) -> None:
         placement = place(weights.config, 16, PlacementOptions(), 1)
     write_placement(tmp_path / "placement.h5", placement)
     assert listing("Placement") == names_of(tmp_path / "placement.h5")
+
+
+def test_files_md_lists_measured_links(tmp_path: Path) -> None:
+    from moempi.bench.fit import ladder
+    from moempi.bench.links import summarize
+    from moempi.files.links import write_links
+
+    sizes, pairs = ladder(2**26), [(a, b) for b in range(8) for a in range(b)]
+    where: list[dict[str, int | str]] = [{"node": rank // 2, "host": f"n{rank:03d}"} for rank in range(8)]
+    write_links(
+        tmp_path / "links.h5", summarize({pair: [1e-6 + size / 1e9 for size in sizes] for pair in pairs}, sizes, where)
+    )
+    assert listing("Links") == names_of(tmp_path / "links.h5")
 
 
 def test_what_is_said_of_the_demo_is_so() -> None:

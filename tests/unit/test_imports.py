@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "moempi"
 
-MPI = ("moempi.exchange", "moempi.router", "moempi.run", "moempi.mpi")
+MPI = ("moempi.bench", "moempi.exchange", "moempi.router", "moempi.run", "moempi.mpi")
 CUPY = ("moempi.device.cuda",)
 # Used on login nodes, and by people who have a trace or a plan and no MPI.
 WITHOUT_MPI = (
@@ -28,17 +28,22 @@ WITHOUT_MPI = (
 WITHOUT_TORCH = (
     "moempi.__main__",
     "moempi.analysis",
+    "moempi.bench.fit",
     "moempi.cli",
     "moempi.doctor",
     "moempi.errors",
     "moempi.exchange.plan",
     "moempi.exchange.slots",
     "moempi.exchange.tasks",
+    "moempi.files.committed",
     "moempi.files.completions",
     "moempi.files.inputs",
+    "moempi.files.links",
     "moempi.files.outputs",
     "moempi.files.placement",
     "moempi.files.schema",
+    "moempi.files.shards",
+    "moempi.files.together",
     "moempi.files.trace",
     "moempi.job",
     "moempi.job_errors",

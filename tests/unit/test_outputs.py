@@ -29,7 +29,7 @@ from moempi.files.output_writer import OutputWriter
 from moempi.files.outputs import merge_outputs, open_shard, read_outputs
 from moempi.files.parts import parts_folder
 
-IDENTITY = {"model": "aa", "input": "bb", "mode": "exact"}
+IDENTITY = {"model": "aa", "inputs": "bb", "mode": "exact"}
 
 
 @pytest.fixture(autouse=True)
@@ -227,7 +227,7 @@ def test_resume_with_another_identity_names_every_key_with_both_values(tmp_path:
     path = tmp_path / "out.h5"
     with start(path, 2) as writer:
         writer.put(completion(0))
-    changed = {"model": "cc", "input": "bb", "leaves": "2"}
+    changed = {"model": "cc", "inputs": "bb", "leaves": "2"}
     with pytest.raises(JobError) as refused:
         start(path, 3, resume=True, identity=changed)
     text = str(refused.value)
@@ -380,6 +380,28 @@ def test_a_stale_lock_is_taken_over(tmp_path: Path, kind: str) -> None:
         assert json.loads(lock_file(path).read_text())["pid"] == os.getpid()
     assert not lock_file(path).exists()
     assert not list(tmp_path.glob("*.lock*"))
+
+
+def test_a_lock_left_behind_on_another_host_is_outwaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out.h5"
+    locks.outwait(path)  # there is none
+    held_by(path, host="elsewhere", heartbeat=time.time() - locks.STALE + 0.3)
+    with pytest.raises(JobError, match="another run is writing it"):
+        start(path, 1)
+    locks.outwait(path)
+    start(path, 1).close()
+
+    # One whose heart beats is not waited for.
+    held_by(path, host="elsewhere", heartbeat=time.time())
+    pauses = []
+
+    def beat(seconds: float) -> None:
+        pauses.append(seconds)
+        held_by(path, host="elsewhere", heartbeat=time.time() + len(pauses))
+
+    monkeypatch.setattr(locks.time, "sleep", beat)
+    locks.outwait(path)
+    assert pauses == [1.0]
 
 
 def test_a_lock_that_is_being_written_counts_as_living(tmp_path: Path) -> None:
@@ -557,7 +579,7 @@ def test_show_of_an_unfinished_run_has_ids_and_prompts_from_the_input(tmp_path: 
 
 def test_merge_joins_shards_finished_or_not_in_the_order_given(tmp_path: Path) -> None:
     write_whole(tmp_path / "b.h5", 3, "b")
-    write_whole(tmp_path / "a.h5", 2, "a", identity={**IDENTITY, "input": "dd"})
+    write_whole(tmp_path / "a.h5", 2, "a", identity={**IDENTITY, "inputs": "dd"})
     path = unfinished(tmp_path, "u")
     out = tmp_path / "all.h5"
     report = json.loads(shown("merge", out, tmp_path / "b.h5", tmp_path / "a.h5", path, "--json"))
@@ -568,7 +590,7 @@ def test_merge_joins_shards_finished_or_not_in_the_order_given(tmp_path: Path) -
     assert found.sequence(5)["finish_reason"] == "partial" and found.sequence(5)["completion"] == ""
     assert found.sequence(2)["completion"] == decode(completion(2, 2).tokens.tolist())
     assert head.origin.n_sequences == 10 and head.mode == "exact"
-    assert head.origin.identity["model"] == "aa" and "differs" in head.origin.identity["input"]
+    assert head.origin.identity["model"] == "aa" and "differs" in head.origin.identity["inputs"]
     assert head.origin.sources[str(tmp_path / "a.h5")] == schema.file_digest(tmp_path / "a.h5")
     with pytest.raises(JobError, match="merged from an unfinished run"):
         start(out, 10, resume=True, identity=head.origin.identity)

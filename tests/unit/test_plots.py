@@ -19,8 +19,8 @@ from moempi.files import schema
 from moempi.files.trace import write_part
 from moempi.plots import load as load_plot
 from moempi.plots import picture
-from moempi.recorder import ATTEND, EXPERT, IDLE, STAGES, STEP
-from moempi.recorder import WAIT as WAITING
+from moempi.stages import ATTEND, DECODE, EXPERT, IDLE, STAGES, STEP
+from moempi.stages import WAIT as WAITING
 
 matplotlib = pytest.importorskip("matplotlib", reason="pictures need matplotlib, the extra `plot`")
 
@@ -41,7 +41,7 @@ def one_rank(path: Path, *spans: tuple[int, int, int]) -> analysis.Trace:
     """A trace in which rank 0 has these (stage, begin, end)."""
     notes = recorder("full")
     for stage, begin, end in spans:
-        notes.span(stage, 1, 0, 1, begin + 1000, end + 1000, 1, 0, -1)
+        notes.span(stage, 1, (0, 1, DECODE), begin + 1000, end + 1000, 1, 0, -1)
     about = {**notes.describe(), "mode": "exact", "job": "{}", "start": 1000, "offset": 0, "error": 0}
     write_part(path, 0, 1, notes.take(), about)
     merge(path, "full")

@@ -16,30 +16,35 @@ import pytest
 from click.testing import CliRunner
 
 from moempi import analysis
+from moempi import recorder as recorders
 from moempi.cli.trace import trace as command
 from moempi.errors import DataError
-from moempi.files import schema
-from moempi.files import trace as trace_files
+from moempi.files import schema, trace_columns, trace_counters
 from moempi.files.parts import parts_folder
 from moempi.files.trace import Clocks, merge_trace, set_aside, write_part
 from moempi.files.trace_writer import TraceWriter
-from moempi.recorder import ATTEND, EXPERT, LEVELS, STAGES, STEP, Recorder
+from moempi.recorder import LEVELS, Recorder
+from moempi.stages import ATTEND, DECODE, EXPERT, NO_STEP, PREFILL, STAGES, STEP
 
 N, L, E, K = 3, 4, 5, 2
 
 
 @pytest.fixture(autouse=True)
-def _no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_torch_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     # What the environment holds is no matter here, and importing torch takes seconds.
     monkeypatch.setattr(schema, "environment", lambda: {"machine": "a test"})
+    # A clock that stands still: laps count, and take no time.
+    monkeypatch.setattr(recorders, "perf_counter_ns", lambda: 2000)
 
 
 def recorder(level: str, rank: int = 0) -> Recorder:
-    return Recorder(level, rank, N, L, E, K)
+    made = Recorder(level, rank, N, L, E, K)
+    made.start()
+    return made
 
 
 def clocks() -> Clocks:
-    return Clocks(1000, np.array([0, 50, -7]), np.array([0, 3, 9]))
+    return Clocks(1000, np.array([0, 50, -7]), np.array([0, 3, 9]), np.zeros(N, np.int64), np.zeros(N))
 
 
 def about(rank: int, level: str) -> dict[str, int | str]:
@@ -54,7 +59,7 @@ def note(notes: Recorder, dice: np.random.Generator, n: int) -> dict[str, np.nda
     traffic = np.zeros((3, 2, L, N), dtype=np.int64)
     for _ in range(n):
         stage, layer, begin, length = (int(dice.integers(*ends)) for ends in ((0, 16), (-1, L), (2000, 9000), (0, 99)))
-        notes.span(stage, layer, 1, 7, begin, begin + length, 5, 640, 2)
+        notes.span(stage, layer, (1, 7, int(dice.integers(3))), begin, begin + length, 5, 640, 2)
         time[stage, layer + 1] += length
         kind, where, peer, rows = (int(dice.integers(end)) for end in (2, L, N, 50))
         notes.sent(kind, where, peer, rows, rows * 64)
@@ -91,9 +96,9 @@ def merge(path: Path, level: str, **changes: Any) -> None:
 
 def test_a_recorder_hands_over_what_is_new_and_nothing_twice() -> None:
     notes = recorder("routes")
-    notes.span(EXPERT, 2, 0, 1, 100, 130, 8, 512, 1)
-    notes.span(STEP, -1, 0, 1, 90, 140, 8, 0, -1)
-    notes.span(EXPERT, 2, 0, 2, 200, 205, 8, 512, 1)
+    notes.span(EXPERT, 2, NO_STEP, 100, 130, 8, 512, 1)
+    notes.span(STEP, -1, (0, 1, DECODE), 90, 140, 8, 0, -1)
+    notes.span(EXPERT, 2, NO_STEP, 200, 205, 8, 512, 1)
     notes.sent(0, 2, 1, 8, 512)
     notes.sent(0, 2, 1, 4, 256)
     notes.sent(0, 2, 0, 3, 192)
@@ -103,15 +108,16 @@ def test_a_recorder_hands_over_what_is_new_and_nothing_twice() -> None:
     experts[:] = 0  # the caller uses its arrays again
     assert notes.size() > 0
     taken = notes.take()
-    assert taken["spans/begin"].tolist() == [100, 90, 200] and taken["spans/layer"].tolist() == [2, -1, 2]
-    sums = zip(*(taken[f"sums/{name}"].tolist() for name in ("stage", "layer", "count", "time")), strict=True)
-    assert sorted(sums) == sorted([(STEP, -1, 1, 50), (EXPERT, 2, 2, 35)])
+    assert taken["spans/begin"].tolist()[:3] == [100, 90, 200] and taken["spans/layer"].tolist()[:3] == [2, -1, 2]
+    names = ("phase", "stage", "layer", "count", "time", "tokens")
+    sums = list(zip(*(taken[f"sums/{name}"].tolist() for name in names), strict=True))
+    assert {(0, EXPERT, 2, 2, 35, 16), (DECODE, STEP, -1, 1, 50, 8)} < set(sums)
     traffic = [taken[f"traffic/{name}"].tolist() for name in ("layer", "destination", "rows", "bytes", "messages")]
     assert traffic == [[2, 2], [0, 1], [3, 12], [192, 768], [0, 2]]
     assert taken["load"][2].tolist() == [1, 0, 3, 0, 0] and taken["load"].sum() == 4
     assert taken["routes/experts"].tolist() == [[1, 0], [3, 2]] and taken["routes/sequence"].tolist() == [4, 5]
     assert notes.size() == 0
-    assert all(len(data) == 0 for name, data in notes.take().items() if name != "load")
+    assert all(len(data) == 0 for name, data in notes.take().items() if name != "load" and "wall" not in name)
     assert notes.take()["load"].sum() == 0
 
 
@@ -120,7 +126,7 @@ def test_each_level_keeps_what_it_says(level: str) -> None:
     notes = recorder(level)
     note(notes, np.random.default_rng(0), 5)
     groups = {name.split("/")[0] for name in notes.take()}
-    more = {"off": set(), "summary": {"load", "sums", "traffic"}}
+    more = {"off": set(), "summary": {"load", "wall", "sums", "traffic", "received", "sizes", "waits"}}
     more["full"] = more["summary"] | {"spans"}
     more["routes"] = more["full"] | {"routes"}
     assert groups == more[level]
@@ -152,7 +158,8 @@ def test_a_merged_trace_adds_up(tmp_path: Path, level: str) -> None:
     assert np.array_equal(trace.load_by_rank, [one["load"] for one in totals])
     time = np.array([one["time"].sum(axis=1) for one in totals])
     assert np.allclose(analysis.time_per_stage(trace) * 1e9, time)
-    assert analysis.spans_per_stage(trace).sum() == N * 2 * 40
+    messages = sum(analysis.traffic_matrix(trace, kind, "messages").sum() for kind in analysis.KINDS)
+    assert analysis.spans_per_stage(trace).sum() == N * 2 * 40 + messages  # each message was a lap of its own
     for place, column in enumerate(("rows", "bytes", "messages")):
         for kind, name in enumerate(("dispatch", "answer")):
             wanted = np.array([one["traffic"][place, kind].sum(axis=0) for one in totals])
@@ -169,7 +176,7 @@ def test_spans_and_routes_keep_their_order_and_spans_are_on_rank_0s_clock(tmp_pa
     for rank in (2, 0):
         notes = recorder("routes", rank)
         for number in (1, 2):
-            notes.span(ATTEND, 1, 0, number, 5000 + number, 6000, 1, 2, -1)
+            notes.span(ATTEND, 1, (0, number, PREFILL), 5000 + number, 6000, 1, 2, -1)
             notes.routes(1, 0, number, np.array([number]), np.array([0]), np.ones((1, K)), np.full((1, K), 0.5))
             write_part(path, rank, number, notes.take(), about(rank, "routes"))
     merge(path, "routes", parts=[2, 0, 2])
@@ -189,7 +196,7 @@ def test_the_file_explains_itself(tmp_path: Path) -> None:
         assert schema.text_attribute(file["spans/stage"], "legend").split(",") == list(STAGES)
         assert schema.text_attribute(file["traffic/kind"], "legend") == "dispatch,answer"
         assert schema.text_attribute(file["spans/begin"], "units") == "ns"
-        for group, columns in trace_files.COLUMNS.items():
+        for group, columns in trace_columns.COLUMNS.items():
             assert set(file[group]) == set(columns)
             assert all(schema.text_attribute(file[group][name], "long_name") for name in columns)
             assert len({len(file[group][name]) for name in columns}) == 1
@@ -213,7 +220,7 @@ def test_a_run_without_anything_in_it(tmp_path: Path, level: str) -> None:
 
 
 def test_a_load_too_large_by_rank_is_kept_in_total(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace_files, "_LARGEST_LOAD_BY_RANK", N * L * E - 1)
+    monkeypatch.setattr(trace_counters, "LARGEST_LOAD_BY_RANK", N * L * E - 1)
     totals = write_ranks(tmp_path / "t.h5", "summary")
     merge(tmp_path / "t.h5", "summary")
     trace = analysis.load(tmp_path / "t.h5")
@@ -271,7 +278,7 @@ def test_the_writer_writes_from_its_thread_and_tells_of_errors(tmp_path: Path) -
     notes = recorder("full", 1)
     writer = TraceWriter(path, 1, about(1, "full"))
     for _ in range(3):
-        notes.span(STEP, -1, 0, 0, 1, 2, 3, 4, 5)
+        notes.span(STEP, -1, NO_STEP, 1, 2, 3, 4, 5)
         writer.put(notes.take())
     writer.put({})
     assert writer.close() == 3
@@ -347,7 +354,7 @@ def by_hand(path: Path) -> analysis.Trace:
             notes.sent(0, 1, 2, 10, 1000)
             notes.sent(0, 3, 2, 2, 200)
             notes.sent(1, 1, 1, 7, 700)
-            notes.span(ATTEND, 1, 0, 0, 100, 1_000_000_100, 1, 0, -1)
+            notes.span(ATTEND, 1, (0, 0, DECODE), 100, 1_000_000_100, 1, 0, -1)
         write_part(path, rank, 1, notes.take(), about(rank, "summary"))
     merge(path, "summary")
     return analysis.load(path)
@@ -383,7 +390,9 @@ def test_summary_prints_tables_and_json(tmp_path: Path) -> None:
     path = tmp_path / "t.h5"
     by_hand(path)
     found = json.loads(shown(path, "--json"))
-    assert found["time"] == [{"rank": 1, "stage": "attend", "seconds": 1.0, "spans": 1}]
+    attend = {"rank": 1, "stage": "attend", "container": False, "seconds": 1.0, "spans": 1}
+    posts = {"rank": 1, "stage": "dispatch", "container": False, "seconds": 0.0, "spans": 2}
+    assert found["time"] == [attend, posts]
     first = found["load"][0]
     assert (first["busiest_expert"], first["busiest_expert_share"], first["max_over_mean"]) == (0, 0.6, 3.0)
     assert first["tokens_per_expert"] == [6, 0, 2, 0, 2]
@@ -392,5 +401,5 @@ def test_summary_prints_tables_and_json(tmp_path: Path) -> None:
         {"kind": "answer", "source": 1, "destination": 1, "rows": 7, "bytes": 700, "messages": 0},
     ]
     text = shown(path)
-    for word in ("attend", "1.000", "60.0%", "3.00", "dispatch", "within 0.0 us", "mode exact"):
+    for word in ("attend", "0.333", "60.0%", "3.00", "dispatch", "within 0.0 us", "mode exact"):
         assert word in text

@@ -1,0 +1,76 @@
+"""Rounds of measurements that can be interrupted: what is done is kept, and `--resume` does the rest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from decode_report import QUIET
+from tinymoe_decode import say
+
+
+class Rounds:
+    """The raw figures of a benchmark, written after every measurement.
+
+    Args:
+        path: where they are kept, as JSON.
+        settings: what all measurements have in common; figures of other settings are not gone on with.
+        resume: go on with what is there; without it, begin anew.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], resume: bool) -> None:
+        self.path = path
+        self.results: dict[str, Any] = {"settings": settings, "runs": []}
+        if resume and path.exists():
+            found = json.loads(path.read_text())
+            if found["settings"] != json.loads(json.dumps(settings)):
+                raise SystemExit(f"{path}: measured with {found['settings']}, not with {settings}; omit --resume")
+            self.results = found
+
+    def measure(self, cases: Sequence[Any], rounds: int, one: Callable[[Any], dict[str, Any]]) -> None:
+        """Measure every case (a dataclass) once a round; each round begins with another one."""
+        done = [{key: run[key] for key in ("round", *asdict(cases[0]))} for run in self.results["runs"]]
+        for r in range(rounds):
+            first = r * len(cases) // rounds
+            for case in [*cases[first:], *cases[:first]]:
+                name = {"round": r, **asdict(case)}
+                if name in done:
+                    continue
+                found = one(case)
+                say(f"round {r + 1} of {rounds}: {case}: {found['seconds']:.2f} s")
+                self.results["runs"].append(name | found)
+                self.keep()
+
+    def keep(self) -> None:
+        """Write what there is."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
+        temporary.replace(self.path)
+
+
+def add_options(parser: argparse.ArgumentParser, results: Path, rounds: int) -> None:
+    """The options that the benchmarks with rounds have in common."""
+    parser.add_argument("--runs", type=int, default=rounds, help="rounds; each measures every case once")
+    parser.add_argument("--json", type=Path, default=results, help="where the raw figures are kept")
+    parser.add_argument("--resume", action="store_true", help="go on with the raw figures that are there")
+    parser.add_argument("--doc", type=Path, help="a page whose tables are replaced")
+    parser.add_argument("--render", type=Path, help="measure nothing, show these raw figures")
+
+
+def about(results: dict[str, Any]) -> str:
+    """How and on what the runs were measured: a sentence for a report."""
+    settings, runs = results["settings"], results["runs"]
+    m, others = settings["machine"], median(run["other_cores"] for run in runs)
+    rounds = 1 + max(run["round"] for run in runs)
+    state = "the machine was quiet" if others <= QUIET else "**the machine was shared: only ratios count**"
+    return (
+        f"Medians of {rounds} round{'s' * (rounds > 1)}, {settings['sequences']} sequences; {m['cpu']}, "
+        f"{m['cores_used']} cores for all ranks, torch {m['torch']}, Open MPI {m['openmpi'] or 'of the site'}; {state} "
+        f"(other programs used {others:.2f} cores)."
+    )

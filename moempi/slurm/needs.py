@@ -1,0 +1,38 @@
+"""What the plan of a job says of its needs. Loads torch when it is asked, as every plan does."""
+
+from __future__ import annotations
+
+from moempi.job import Job
+from moempi.model.config import ModelConfig
+from moempi.slurm.request import Needs
+
+
+def needs_of(job: Job, n_ranks: int, shards: int = 1) -> Needs:
+    """Read and check all that the job names, and plan it on `n_ranks` ranks; of an array one shard is counted.
+
+    Raises:
+        MoempiError: whatever would stop the run before it starts.
+    """
+    from moempi.prepare import look
+
+    found = look(job, n_ranks)
+    layout, fullest = found.shape.layout, max(found.shape.layout.memory, key=lambda plan: plan.total)
+    return Needs(
+        rank_bytes=fullest.total,
+        weight_bytes=max(plan.shared_bytes + plan.expert_bytes for plan in layout.memory),
+        layers=found.shape.config.n_layers,
+        flops_per_token=flops_per_token(found.shape.config),
+        prompt_tokens=-(-sum(map(len, found.prompts.tokens)) // shards),
+        new_tokens=-(-sum(found.new_tokens) // shards),
+        longest_new=max(found.new_tokens, default=0),
+        places=job.run.capacity * len(layout.homes),
+    )
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Two operations for every weight that a token meets; attention over its past is left out."""
+    d = config.d_model
+    attention = config.n_layers * 2 * d * (config.n_heads + config.n_kv_heads) * config.head_dim
+    dense = len(config.dense_layers) * 3 * d * config.dense_hidden
+    experts = len(config.moe_layers) * (config.top_k * 3 * d * config.expert_hidden + config.n_experts * d)
+    return 2.0 * (attention + dense + experts + config.vocab * d)

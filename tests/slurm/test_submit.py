@@ -1,0 +1,104 @@
+"""`moempi submit`, `status` and `cancel` on a real Slurm: names that bite, signals, requeue, and the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from local_slurm import Cluster
+from slurm_jobs import LONG, SEQUENCES, Tokens, finished, moempi, text_of, wait_until, write_job
+
+from moempi.files.committed import Committed, committed
+from moempi.files.lock import lock_file
+
+
+def submit(cluster: Cluster, job: Path, *words: str) -> dict:
+    """Submit on one node, two ranks."""
+    nodes = [] if "--nodes" in words else ["--nodes", "1"]
+    return json.loads(moempi(cluster, "submit", job, *nodes, "--tasks-per-node", "2", "--time", "10", *words, "--json"))
+
+
+def released(cluster: Cluster, job_id: str) -> None:
+    """A requeued job waits two minutes: let it start now."""
+    cluster.wait(job_id, "PENDING", timeout=30)
+    cluster.command("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+
+
+def test_stopped_requeued_and_finished_under_names_that_bite(
+    cluster: Cluster, tmp_path: Path, long_undisturbed: Tokens
+) -> None:
+    folder = tmp_path / "a 'b' \"c\" $(touch evil) %j `touch evil` é"
+    folder.mkdir()
+    job = write_job(folder, LONG, name="$(touch evil) ; touch evil.toml", output="out $(touch evil) '\" %x.h5")
+    output = folder / "out $(touch evil) '\" %x.h5"
+    told = submit(cluster, job, "--nodes", "2", "--name", "x 'y' \"z\" $(touch evil)\\ #; touch evil")
+    log = Path(told["log"])
+    cluster.wait(told["id"], "RUNNING")
+    assert cluster.command("squeue", "-h", "-o", "%j").strip() == "x 'y' \"z\" $(touch evil)\\ #; touch evil"
+    seen = json.loads(moempi(cluster, "status", told["id"], "--json"))
+    assert seen["state"] == "RUNNING" and seen["job"] == str(job) and seen["output"] == str(output)
+
+    wait_until(lambda: committed(output).finished, lambda: text_of(log))
+    cluster.command("scancel", "--signal=USR1", "--batch", told["id"])
+    released(cluster, told["id"])
+    stopped = committed(output)
+    assert 0 < stopped.finished < SEQUENCES and stopped.partial, "stopped too late to tell anything"
+    assert f"job {told['id']} is requeued: {stopped}" in text_of(log)
+    assert cluster.show(told["id"])["Restarts"] == "1"
+
+    assert cluster.wait(told["id"])["JobState"] == "COMPLETED", text_of(log)
+    assert finished(output) == long_undisturbed
+    assert f"{SEQUENCES} of {SEQUENCES} sequences finished" in text_of(log)
+    assert f"{SEQUENCES} of {SEQUENCES}" in moempi(cluster, "status", job)
+    # In the job's folder, the submitter's, or wherever the daemons are: nothing was run that a name holds.
+    assert not [*tmp_path.rglob("evil*"), *Path.cwd().glob("evil*"), *cluster.folder.rglob("evil*")]
+
+
+def test_a_cancelled_job_has_committed_and_does_not_come_back(
+    cluster: Cluster, tmp_path: Path, long_undisturbed: Tokens
+) -> None:
+    job, output = write_job(tmp_path, LONG), tmp_path / "out.h5"
+    told = submit(cluster, job)
+    wait_until(lambda: committed(output).finished, lambda: text_of(Path(told["log"])))
+    assert "commits what it has done and ends" in moempi(cluster, "cancel", job)
+    ended = cluster.wait(told["id"])
+    assert ended["ExitCode"] == "130:0" and ended["Restarts"] == "0", text_of(Path(told["log"]))
+    kept = committed(output)
+    assert kept.partial and not kept.complete
+    assert finished(output).items() <= long_undisturbed.items()
+
+    # scancel gives it some seconds to commit, and for a job that comes back from the dead a reason not to.
+    again = submit(cluster, job, "--resume")
+    log = Path(again["log"])
+    wait_until(lock_file(output).exists, lambda: text_of(log))
+    cluster.command("scancel", again["id"])
+    ended = cluster.wait(again["id"])
+    assert ended["JobState"] == "CANCELLED" and ended["Restarts"] == "0", text_of(log)
+    assert finished(output).items() <= long_undisturbed.items()
+
+
+def test_a_turn_without_progress_is_the_last(cluster: Cluster, tmp_path: Path) -> None:
+    told = submit(cluster, write_job(tmp_path, LONG))
+    log = Path(told["log"])
+    cluster.wait(told["id"], "RUNNING")
+    # The shell and Python ignore the signal until moempi listens; then the ranks have not begun yet.
+    while "stop" not in text_of(log):
+        cluster.command("scancel", "--signal=USR1", "--batch", told["id"], check=False)
+        cluster.wait(told["id"], "RUNNING", "FAILED")
+    ended = cluster.wait(told["id"])
+    assert "not requeued: no sequence and no token was committed in this turn" in text_of(log)
+    assert ended["ExitCode"] == "75:0" and ended["Restarts"] == "0"
+    assert committed(tmp_path / "out.h5") == Committed()
+
+
+def test_an_array_of_shards_is_merged_in_input_order(cluster: Cluster, tmp_path: Path, undisturbed: Tokens) -> None:
+    job = write_job(tmp_path)
+    told = submit(cluster, job, "--array", "2")
+    for shard in (0, 1):
+        assert cluster.wait(f"{told['id']}_{shard}")["JobState"] == "COMPLETED", text_of(Path(told["log"]))
+    rows = [json.loads(line) for line in moempi(cluster, "status", job, "--json").splitlines()]
+    assert [row["complete"] for row in rows] == [True, True] and sum(row["sequences"] for row in rows) == SEQUENCES
+    moempi(cluster, "outputs", "merge", tmp_path / "out.h5", *reversed(told["outputs"]))
+    assert list(finished(tmp_path / "out.h5").items()) == list(undisturbed.items())
+    # The merged file is what a run of the whole input would have written.
+    assert "nothing to do" in moempi(cluster, "run", job, "--resume")

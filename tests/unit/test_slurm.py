@@ -1,0 +1,344 @@
+"""Site profiles, what a job asks for, the script's text, and whether a stopped job comes back: all without Slurm."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from moempi.cli.status import status
+from moempi.cli.submit import submit
+from moempi.errors import DataError, FitError, JobError
+from moempi.files.committed import Committed
+from moempi.slurm import scheduler
+from moempi.slurm.binding import hidden_gpus
+from moempi.slurm.place import Submitted, folder_of, record, submissions
+from moempi.slurm.request import Needs, Request, estimate, resolve, tasks_per_node
+from moempi.slurm.requeue import Turn, why_not_again
+from moempi.slurm.script import Batch, write_script
+from moempi.slurm.site import Site, load_site
+from moempi.slurm.times import parse_time, show_time
+
+ROOT = Path(__file__).parents[2]
+MIB = 2**20
+
+# ---------------------------------------------------------------- times
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "shown"),
+    [
+        ("90", 5400, "01:30:00"),
+        ("1:30", 90, "00:02:00"),
+        ("1:30:00", 5400, "01:30:00"),
+        ("2-12", 216000, "2-12:00:00"),
+        ("2-12:30", 217800, "2-12:30:00"),
+        ("0-00:00:59", 59, "00:01:00"),
+        ("1-00:00:00", 86400, "1-00:00:00"),
+    ],
+)
+def test_times_are_read_and_shown_as_slurm_does(text: str, seconds: int, shown: str) -> None:
+    assert parse_time(text) == seconds and show_time(seconds) == shown
+
+
+@pytest.mark.parametrize("text", ["", "0", "soon", "1h", "-5", "1-", "1:2:3:4", "1:30:00; rm -rf x", "\uff15"])
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="expected a time limit"):
+        parse_time(text)
+
+
+# ---------------------------------------------------------------- sites
+
+
+def site_file(folder: Path, text: str) -> str:
+    (folder / "site.toml").write_text(text)
+    return str(folder / "site.toml")
+
+
+def test_a_site_is_found_by_path_by_name_and_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    assert load_site(None) == Site()
+    sites = tmp_path / "moempi" / "sites"
+    sites.mkdir(parents=True)
+    (sites / "big.toml").write_text('partition = "gpu"\nmax_time = "2-00"\nenv_file = "env.sh"\n')
+    (sites / "default.toml").write_text('memory_per_node = "64 GiB"\n')
+    big = load_site("big")
+    assert (big.partition, big.max_time, big.env_file) == ("gpu", 2 * 86400, sites / "env.sh")
+    assert load_site(str(sites / "big.toml")) == big
+    assert load_site(None).memory_per_node == 64 * 2**30
+    with pytest.raises(JobError, match=r"nowhere.toml: there is no such site profile; there are big, default"):
+        load_site("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('partion = "x"', "unknown option `partion`; did you mean `partition`?"),
+        ("gpu_per_node = 4", "unknown option `gpu_per_node`; did you mean `gpus_per_node`?"),
+        ('gpus_per_node = "4"', "`gpus_per_node` = '4': expected a whole number"),
+        ("cores_per_rank = 0", "`cores_per_rank` = 0: expected at least 1"),
+        ('max_time = "soon"', "`max_time` = 'soon': expected a time limit like"),
+        ('sbatch = ["-p x"]', "expected an option of sbatch in one piece"),
+        ('sbatch = ["--mail-user=a\\nb"]', "expected an option of sbatch in one piece"),
+        ('partition = "a\\nb"', "expected a text of one line"),
+        ('launcher = " "', "expected a command"),
+        ("= 3", "cannot be read as TOML"),
+    ],
+)
+def test_a_wrong_site_names_file_option_and_what_was_expected(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(JobError) as refused:
+        load_site(site_file(tmp_path, text))
+    assert str(refused.value).startswith(f"{tmp_path}/site.toml: ") and said in str(refused.value)
+
+
+def test_the_example_is_a_valid_site_and_names_every_option() -> None:
+    load_site(str(ROOT / "slurm/site.toml"))
+    text = (ROOT / "slurm/site.toml").read_text()
+    assert [name for name in Site.model_fields if not re.search(rf"^#? ?{name} = ", text, re.MULTILINE)] == []
+
+
+# ---------------------------------------------------------------- requests
+
+NEEDS = Needs(
+    rank_bytes=1000 * MIB,
+    weight_bytes=5 * 10**9,
+    layers=10,
+    flops_per_token=2e9,
+    prompt_tokens=4000,
+    new_tokens=1000,
+    longest_new=100,
+    places=8,
+)
+
+
+def ask(site: Site, **changes: object) -> Request:
+    options: dict = {"nodes": 2, "tasks": 4, "seconds": None, "memory": None, "grace": 30.0}
+    return resolve(NEEDS, site, **{**options, **changes})
+
+
+def test_ranks_per_node_follow_gpus_then_cores() -> None:
+    assert tasks_per_node(Site(), None) == 1
+    assert tasks_per_node(Site(cores_per_node=64, cores_per_rank=4), None) == 16
+    assert tasks_per_node(Site(cores_per_node=64, gpus_per_node=4), None) == 4
+    assert tasks_per_node(Site(gpus_per_node=4), 3) == 3
+
+
+def test_an_estimate_by_hand() -> None:
+    # Prefill: 4000 x 2e9 / (8 x 10e9) = 100 s. Decode: max(100, 1000 / 8) = 125 steps of 1 s of reading and 10 x 2 ms;
+    # computing 1000 x 2e9 / (8 x 10e9) = 25 s goes on meanwhile. And 120 s to start.
+    assert estimate(NEEDS, Site(), 8) == pytest.approx(120 + 100 + 125 * 1.02)
+    # Ten times the sequences, on machines that read in no time: computing decides.
+    many = replace(NEEDS, new_tokens=10000)
+    assert estimate(many, Site(rank_bandwidth=1e15, layer_latency=0.0), 8) == pytest.approx(120 + 100 + 250)
+
+
+def test_what_is_asked_for() -> None:
+    request = ask(Site(cores_per_rank=3))
+    assert (request.ranks, request.cores_per_task, request.gpus_per_node) == (8, 3, 0)
+    assert request.seconds == pytest.approx(3 * (120 + 100 + 125 * 1.02))
+    assert request.memory_per_node == 4 * (1200 + 600) * MIB
+    assert request.lead == 120
+    assert ask(Site(gpus_per_node=8)).gpus_per_node == 4  # one for each rank
+    assert ask(Site(exclusive=True)).memory_per_node == 0
+    assert ask(Site(exclusive=True), memory=5 * MIB).memory_per_node == 5 * MIB
+    assert ask(Site(max_time=900.0)).seconds == 900  # the rest comes after a requeue
+    assert ask(Site(), seconds=3600.0, grace=300.0).lead == 390
+
+
+@pytest.mark.parametrize(
+    ("site", "changes", "kind", "said"),
+    [
+        (Site(cores_per_node=8, cores_per_rank=4), {}, FitError, "16 cores, but the site's nodes have 8"),
+        (Site(memory_per_node=2**30), {}, FitError, r"4 ranks per node need 7.0 GiB .* nodes have 1.0 GiB"),
+        (Site(max_time=3600.0), {"seconds": 7200.0}, JobError, "--time 02:00:00 is more than the site's max_time"),
+        (Site(), {"seconds": 120.0}, JobError, "leaves no time to work: the job is told to stop 120 s before"),
+    ],
+)
+def test_what_does_not_fit_is_refused(site: Site, changes: dict, kind: type, said: str) -> None:
+    with pytest.raises(kind, match=said):
+        ask(site, **changes)
+
+
+# ---------------------------------------------------------------- scripts
+
+PLAIN = Batch("demo", Path("/p/out.h5.slurm/job.sbatch"), Path("/p/out.h5.slurm/%j.log"), Path("/p/job.toml"))
+REQUEST = Request(2, 4, 1, 0, 7200 * MIB, 5400.0, 120)
+
+
+def options_of(text: str) -> dict[str, str]:
+    """#SBATCH lines as {option: value}, quoting taken away as sbatch and a shell both would."""
+    lines = [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
+    return dict(shlex.split(line)[0].partition("=")[::2] for line in lines)
+
+
+def test_a_plain_script() -> None:
+    text = write_script(PLAIN, REQUEST, Site(partition="gpu", sbatch=["--mail-type=END", "--contiguous"]))
+    assert options_of(text) == {
+        "--job-name": "demo",
+        "--nodes": "2",
+        "--ntasks-per-node": "4",
+        "--cpus-per-task": "1",
+        "--time": "01:30:00",
+        "--signal": "B:USR1@120",
+        "--requeue": "",
+        "--open-mode": "append",
+        "--output": "/p/out.h5.slurm/%j.log",
+        "--chdir": "/p",
+        "--mem": "7200M",
+        "--partition": "gpu",
+        "--mail-type": "END",
+        "--contiguous": "",
+    }
+    assert '"' not in text.partition("trap")[0], "plain values stay plain"
+
+
+def test_gpus_are_bound_to_no_rank() -> None:
+    options = options_of(write_script(PLAIN, replace(REQUEST, gpus_per_node=4), Site()))
+    assert (options["--gpus-per-node"], options["--gpu-bind"]) == ("4", "none")
+    assert not {"--gpu-bind", "--gpus-per-task"} & options_of(write_script(PLAIN, REQUEST, Site())).keys()
+
+
+BITING = "a 'b' \"c\" $(touch evil) `touch evil` \\ ; touch evil # é {} *"
+
+
+def run_with_stub(text: str, folder: Path, **variables: str) -> list[str]:
+    """Run a script's body in bash; what its last command was called with."""
+    (folder / "script").write_text(text)
+    environ = {"PATH": "/usr/bin:/bin", "SLURM_NTASKS": "8", **variables}
+    done = subprocess.run(["bash", "script"], cwd=folder, env=environ, capture_output=True, timeout=10)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.decode().split("\0")[:-1]
+
+
+def test_no_name_or_path_is_taken_apart(tmp_path: Path) -> None:
+    folder = Path("/p") / BITING.replace("\\", "")
+    batch = replace(
+        PLAIN,
+        name=BITING,
+        script=folder / "job.sbatch",
+        log=folder / "%j.log",
+        job=folder / "job.toml",
+        overrides=(f"output.file={BITING}",),
+        program=("printf", "%s\\0"),
+        shards=2,
+        shard_files={"input.file": folder / "shard-{}.h5"},
+    )
+    text = write_script(batch, REQUEST, Site(launcher="srun --mpi=pmix"))
+    options = options_of(text)
+    assert options["--job-name"] == BITING and options["--chdir"] == str(folder)
+    assert options["--array"] == "0-1"
+    shown = run_with_stub(text, tmp_path, SLURM_ARRAY_TASK_ID="1")
+    assert shown == [
+        *("run", str(folder / "job.toml"), "-n", "8", "--mpirun", "srun --mpi=pmix", "--resume", "--requeue"),
+        *("--set", f"output.file={BITING}", "--set", f"input.file={folder}/shard-001.h5"),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["script"], "nothing was run that a name holds"
+
+
+def test_overwrite_is_for_the_first_turn_only(tmp_path: Path) -> None:
+    text = write_script(replace(PLAIN, program=("printf", "%s\\0"), overwrite=True), REQUEST, Site())
+    assert "--overwrite" in run_with_stub(text, tmp_path)
+    again = run_with_stub(text, tmp_path, SLURM_RESTART_COUNT="1")
+    assert "--resume" in again and "--overwrite" not in again
+
+
+def test_patterns_of_sbatch_in_a_folder_are_none() -> None:
+    options = options_of(write_script(replace(PLAIN, log=Path("/p/100%j/%j.log")), REQUEST, Site()))
+    assert options["--output"] == "/p/100%%j/%j.log"
+    with pytest.raises(JobError, match="backslash"):
+        write_script(replace(PLAIN, log=Path("/p\\q/%j.log")), REQUEST, Site())
+
+
+@pytest.mark.parametrize("bad", ["a\nb", "a\rb", "a\0b", "a\x1b[0m", "a\u2028b"])
+def test_control_characters_are_refused(bad: str) -> None:
+    for batch in (replace(PLAIN, name=bad), replace(PLAIN, job=Path("/p") / bad / "job.toml")):
+        with pytest.raises(JobError, match="control character"):
+            write_script(batch, REQUEST, Site())
+
+
+# ---------------------------------------------------------------- turns
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "again"),
+    [
+        (Committed(), Committed(), False),
+        (Committed(), Committed(9, 0, 2, 5), True),
+        (Committed(9, 3, 1, 50), Committed(9, 3, 1, 50), False),
+        (Committed(9, 3, 1, 50), Committed(9, 3, 1, 51), True),
+        (Committed(9, 3, 1, 50), Committed(9, 4, 0, 50), True),
+        (Committed(9, 3, 1, 50), Committed(9, 9, 0, 90, complete=True), False),
+    ],
+)
+def test_a_job_comes_back_only_if_it_got_anywhere(before: Committed, after: Committed, again: bool) -> None:
+    assert (why_not_again(before, after) == "") is again
+
+
+def test_requeue_needs_a_batch_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(JobError, match="SLURM_JOB_ID is not set"):
+        Turn(tmp_path / "out.h5")
+
+
+@pytest.mark.parametrize(
+    ("visible", "on_node", "ranks", "hidden"),
+    [
+        ("0,1,2,3", "4", 4, False),
+        ("2", "4", 4, True),
+        ("0", "1", 4, False),  # there is one, which all share
+        ("2", "4", 1, False),
+        ("", "", 4, False),
+    ],
+)
+def test_a_hidden_gpu_is_warned_of(visible: str, on_node: str, ranks: int, hidden: bool) -> None:
+    environ = {"CUDA_VISIBLE_DEVICES": visible, "SLURM_GPUS_ON_NODE": on_node}
+    assert bool(hidden_gpus(environ, ranks)) is hidden
+    assert hidden_gpus({}, ranks) == ""
+
+
+# ---------------------------------------------------------------- records and commands
+
+
+def test_submissions_are_remembered_beside_the_output(tmp_path: Path) -> None:
+    output = tmp_path / "out.h5"
+    assert submissions(folder_of(output)) == []
+    folder_of(output).mkdir()
+    both = [Submitted("7", "job.toml", ["out.h5"]), Submitted("8", "job.toml", ["a.h5", "b.h5"])]
+    for one in both:
+        record(output, one)
+    assert submissions(folder_of(output)) == both
+    (folder_of(output) / "submitted.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="damaged record"):
+        submissions(folder_of(output))
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1;2", "1 2", "12_", "$(id)", "--help"])
+def test_what_is_no_id_never_reaches_slurm(text: str) -> None:
+    with pytest.raises(JobError, match="is not the id of a job"):
+        scheduler.check_id(text)
+
+
+def test_without_slurm_a_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    shown = CliRunner().invoke(status, ["12"])
+    assert isinstance(shown.exception, JobError) and "no squeue on PATH" in str(shown.exception)
+
+
+def test_a_dry_run_prints_script_and_reasons_and_writes_nothing(tmp_path: Path) -> None:
+    inputs = ["inputs", "make", str(ROOT / "inputs/prompts.jsonl"), str(ROOT / "inputs/tinymoe.h5")]
+    command = [*(sys.executable, "-m", "moempi"), *inputs, str(tmp_path / "in.h5")]
+    made = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    given = ["--nodes", "2", "--tasks-per-node", "8", "--set", f"input.file={tmp_path}/in.h5", "--dry-run"]
+    given += ["--set", f"output.file={tmp_path}/out.h5"]
+    shown = CliRunner().invoke(submit, [str(ROOT / "jobs/demo.toml"), *given], catch_exceptions=False)
+    options = options_of(shown.output)
+    assert (options["--nodes"], options["--ntasks-per-node"], options["--job-name"]) == ("2", "8", "demo")
+    assert "# 16 ranks; the fullest is planned with" in shown.output and "estimated" in shown.output
+    assert [path.name for path in tmp_path.iterdir()] == ["in.h5"]
