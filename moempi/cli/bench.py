@@ -29,7 +29,10 @@ class Size(click.ParamType):
 
 @click.group(cls=Group)
 def bench() -> None:
-    """Measure what planners and `auto` options need to know of a machine."""
+    """Measure what planners and `auto` options need to know of a machine.
+
+    Example: moempi bench links links.h5 -n 8
+    """
 
 
 @bench.command()

@@ -56,7 +56,7 @@ def make(prompts: Path, weights: Path, out: Path, overwrite: bool, as_json: bool
 @click.option("--overwrite", is_flag=True, help="Replace what is there.")
 @_json
 def split(file: Path, folder: Path, shards: int, max_new_tokens: int, overwrite: bool, as_json: bool) -> None:
-    """Cut the inputs FILE into shards of about equal work, in FOLDER: shard-000.h5, shard-001.h5, ...
+    """Cut the inputs FILE into shards of about equal work, in FOLDER: shard-000.h5 and so on.
 
     Each is an inputs file of its own; `moempi outputs merge` puts their outputs together, in the order of FILE.
 

@@ -76,7 +76,7 @@ def test_examples_in_help_parse(example: str) -> None:
     [
         (["rnu", "JOB"], "there is no command `rnu`; did you mean `run`?"),
         (["trace", "sumary", "FILE"], "there is no command `trace sumary`; did you mean `trace summary`?"),
-        (["xyzzy"], "there is no command `xyzzy`; there are run, doctor, job, weights, inputs, outputs, trace"),
+        (["xyzzy"], "there is no command `xyzzy`; there are run, doctor, job, submit, status, cancel, weights, "),
     ],
 )
 def test_a_misspelt_command_gets_the_nearest_name(arguments: list[str], said: str) -> None:

@@ -367,7 +367,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
         notes.routed(layer, np.arange(16) * layer)
     about = {**notes.describe(), "mode": "exact", "job": "{}", "start": 0, "offset": 0, "error": 0}
     write_part(path, 0, 1, notes.take(), about)
-    clocks = Clocks(0, np.zeros(1, np.int64), np.zeros(1, np.int64))
+    clocks = Clocks(0, *(np.zeros(1, np.int64) for _ in range(4)))
     merge_trace(path, "{}", {}, clocks=clocks, ranks=[{"node": 0}], meta={**notes.describe(), "mode": "exact"})
     return path
 
