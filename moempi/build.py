@@ -97,7 +97,7 @@ def build_relay(
     rows = row_bytes(tables, config.d_model, shape.dtype.itemsize, fast=layout.mode == "fast")
     sizes = Sizes(layout.relay_budget, layout.relay_message_bytes, rows, layout.piece_rows, config.top_k)
     relay = Relay(engine, ways, build_hops(topology.world, ways), sizes)
-    engine.services.append(relay)
+    engine.takers.append(relay)
     return relay
 
 

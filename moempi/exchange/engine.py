@@ -114,6 +114,7 @@ class Engine:
         self.requests = Requests()
         self.arrivals = Account(limits.arrival_budget)
         self.slicer = Slicer(limits.slice)
+        self.takers: list[Callable[[], bool]] = [self._take_arrivals]  # of messages; each says whether any had come
         self.services: list[Callable[[], bool]] = []  # polled every turn; each says whether anything happened
         self._channels, self._limits = channels, limits
         self._ready: deque[Task] = deque()
@@ -169,7 +170,7 @@ class Engine:
 
     def poll(self) -> bool:
         """Take arrivals, complete requests, ask the services; whether anything happened."""
-        moved = self._take_arrivals()
+        moved = any([take() for take in self.takers])
         moved = self.requests.test() or moved
         begin = time.perf_counter_ns()
         acted = [service() for service in self.services]

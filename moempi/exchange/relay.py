@@ -41,7 +41,7 @@ class Sent:
 
 
 class Relay:
-    """What a rank does in a relayed route; a service of its engine.
+    """What a rank does in a relayed route; one of the takers of its engine.
 
     Args:
         hops: the communicators of the route.
