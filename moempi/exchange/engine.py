@@ -170,8 +170,9 @@ class Engine:
 
     def poll(self) -> bool:
         """Take arrivals, complete requests, ask the services; whether anything happened."""
-        moved = any([take() for take in self.takers])
-        moved = self.requests.test() or moved
+        moved = False
+        for take in (*self.takers, self.requests.test):
+            moved = take() or moved
         begin = time.perf_counter_ns()
         acted = [service() for service in self.services]
         if any(acted):

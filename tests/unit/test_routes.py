@@ -92,11 +92,11 @@ def spread(nodes: int, ranks: int) -> tuple[Nodes, LayerTable]:
     ("tokens", "top_k", "bandwidth", "expected"),
     [
         # A thin link: what crosses twice costs most, so relays; on rails the work is shared.
-        (500, 4, 2e7, "rail"),
+        (50, 4, 1e8, "rail"),
         # K = 1: no token crosses twice, and on a wide link a relay is only another message.
         (500, 1, 1e11, "direct"),
-        # Few tokens on a wide link and many ranks: a rail sends one message where direct sends eight.
-        (8, 8, 1e11, "rail"),
+        # Many ranks on a wide link: a rail sends one message where direct sends eight, and then fans it out.
+        (8, 8, 1e11, "direct"),
     ],
 )
 def test_auto_takes_what_it_estimates_least(tokens: int, top_k: int, bandwidth: float, expected: str) -> None:
