@@ -93,13 +93,12 @@ def lay_out(
     }
     nodes = _nodes(job, n_ranks, nodes)
     relay_budget = memory.relay_budget(job.exchange.relay_budget, config, nbytes, step_tokens)
-    # The placement needs a memory plan, and the route needs the placement: a route that may be taken is planned with.
-    relays = _relays(job.exchange.route, nodes, relay_budget)
+    # The placement needs a memory plan, and auto needs the placement: what it may choose is planned with.
+    costliest = "leader" if job.exchange.route == "auto" and links is not None else job.exchange.route
+    relays = _relays(costliest, nodes, relay_budget)
     placement = _placement(job, config, n_ranks, nbytes, load, sizes, relays)
     steps = steps_of_a_home(positions, new_tokens, len(homes), max(1, held // n_microbatches), step_tokens)
-    work = _work(job, config, nbytes, placement, steps)
-    route = choose_route(job.exchange.route, nodes, layer_tables(placement), work, links)
-    _check_mode(job, route)
+    route = _route(job, config, nbytes, placement, nodes, steps, links)
     relays = _relays(route.name, nodes, relay_budget)
     plans = memory.plan_memory(config, nbytes, placement, homes=homes, packed_head=True, relays=relays, **sizes)
     memory.check_limit(plans, job.memory.limit)
@@ -135,32 +134,35 @@ def _relays(route: str, nodes: Nodes, budget: int) -> dict[int, int] | None:
     return memory.relay_bytes(Ways(route, nodes), budget) if route in RELAYED and nodes.n_nodes > 1 else None
 
 
-def _work(
-    job: Job, config: ModelConfig, nbytes: int, placement: Placement, steps: tuple[tuple[float, float], ...]
-) -> Work:
-    """What the job sends, for the choice of a route."""
-    cut = bool(np.any(placement.hi - placement.lo < placement.leaves))
-    row = config.d_model
-    return Work(
+def _route(
+    job: Job,
+    config: ModelConfig,
+    nbytes: int,
+    placement: Placement,
+    nodes: Nodes,
+    steps: tuple[tuple[float, float], ...],
+    links: Links | None,
+) -> Route:
+    """The route of a job; a fast mode in which it would change nothing is refused.
+
+    Raises:
+        JobError: with the reason and the way out.
+    """
+    cut, row = bool(np.any(placement.hi - placement.lo < placement.leaves)), config.d_model
+    work = Work(
         steps=steps,
         top_k=config.top_k,
         sent=row * nbytes,
         answered=row * (4 if cut else nbytes),
         summed=4 * row if job.model.mode == "fast" else 0,
     )
-
-
-def _check_mode(job: Job, route: Route) -> None:
-    """Refuse a fast mode that would change nothing.
-
-    Raises:
-        JobError: with the reason and the way out.
-    """
+    route = choose_route(job.exchange.route, nodes, layer_tables(placement), work, links)
     if job.model.mode == "fast" and route.name not in RELAYED:
         raise JobError(
             "model.mode = 'fast' on the CPU is what relays do: it needs exchange.route = 'leader' or 'rail' and "
             f"several nodes, but the route of this job is direct ({route.reason}); use 'auto'"
         )
+    return route
 
 
 def check_tags(layout: Layout, n_layers: int, bound: int) -> None:
