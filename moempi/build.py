@@ -10,6 +10,9 @@ from torch import Tensor
 from moempi.device.cpu import Cpu
 from moempi.exchange.arrivals import Experts, SlotKey
 from moempi.exchange.engine import Channels, Engine, Limits
+from moempi.exchange.hops import Sizes, build_hops, row_bytes
+from moempi.exchange.relay import Relay
+from moempi.exchange.relay_plan import RELAYED, Ways
 from moempi.exchange.slots import LayerTable, layer_tables
 from moempi.exchange.topology import Topology
 from moempi.files.weights import Weights, open_weights
@@ -32,10 +35,13 @@ class Rank:
     home: Home
     control: Control
     forward: Forward
+    relay: Relay | None
 
     def free(self) -> None:
         """Give the communicators back. Collective."""
         self.engine.free()
+        if self.relay is not None:
+            self.relay.free()
         self.control.free()
 
 
@@ -64,6 +70,7 @@ def build_rank(
         Limits(layout.arrival_budget, job.engine.stall_timeout, job.engine.slice),
         recorder,
     )
+    relay = build_relay(topology, shape, tables, engine)
     control = Control(world.Dup(), engine.requests)
     home = Home(
         engine,
@@ -75,8 +82,23 @@ def build_rank(
         eos_tokens=shape.eos_tokens,
         tell=lambda message: control.send(0, message),
     )
-    forward = Forward(network, engine, cache, layout.piece_rows, job.exchange.lockstep)
-    return Rank(engine, home, control, forward)
+    forward = Forward(network, engine, relay, cache, layout.piece_rows, job.exchange.lockstep)
+    return Rank(engine, home, control, forward, relay)
+
+
+def build_relay(
+    topology: Topology, shape: Shape, tables: dict[int, LayerTable], engine: Engine
+) -> Relay | None:
+    """What a rank needs for a relayed route, None where the route is direct. Collective."""
+    layout, config = shape.layout, shape.config
+    if layout.route.name not in RELAYED or not tables:
+        return None
+    ways = Ways(layout.route.name, layout.nodes)
+    rows = row_bytes(tables, config.d_model, shape.dtype.itemsize, fast=layout.mode == "fast")
+    sizes = Sizes(layout.relay_budget, layout.relay_message_bytes, rows, layout.piece_rows, config.top_k)
+    relay = Relay(engine, ways, build_hops(topology.world, ways), sizes)
+    engine.takers.append(relay)
+    return relay
 
 
 def load_slots(

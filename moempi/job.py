@@ -74,7 +74,9 @@ class ModelOptions(Section):
         "auto", "type of weights and activations; auto takes the type that the weights are stored in"
     )
     mode: Literal["auto", "exact", "fast"] = option(
-        "auto", "exact: bits never depend on the layout; fast: they may (GPU only). auto is exact on the CPU"
+        "auto",
+        "exact: bits never depend on the layout; fast: they may, and relays send a node's weighted sum back as one "
+        "row (on the CPU only with relays). auto is exact on the CPU",
     )
     leaves: Annotated[int, AfterValidator(_power_of_two)] = option(
         1, "blocks that every expert's hidden dimension is summed in; a cut expert needs as many as its pieces", ge=1
@@ -127,6 +129,20 @@ class AdmissionOptions(Section):
 
 
 class ExchangeOptions(Section):
+    route: Literal["auto", "direct", "leader", "rail"] = option(
+        "auto",
+        "way of rows between nodes: direct, rank to rank; leader, through the first rank of each node; rail, every "
+        "rank relaying for itself. auto: by the measured links of exchange.links, direct without them",
+    )
+    ranks_per_node: Literal["auto"] | Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] = option(
+        "auto", "pretend nodes of so many neighbouring ranks, or a list of them; auto: ranks that share memory", "ranks"
+    )
+    links: FileName | None = option(None, "measured links of the ranks, for route = auto")
+    relay_budget: Bytes = option(
+        64 * 2**20,
+        "memory of a relay for each of its four kinds of hops; raised to one largest message",
+        "bytes",
+    )
     lockstep: bool = option(False, "meet all ranks in a barrier after every layer, for comparison")
     arrival_budget: Bytes = option(
         256 * 2**20, "memory for received rows and their answers; raised to one largest message", "bytes"
@@ -296,6 +312,7 @@ def _keep_apart(job: Job, blame: Blame) -> None:
         "input.file": job.input.file,
         "placement.file": job.placement.file,
         "placement.load": job.placement.load,
+        "exchange.links": job.exchange.links,
     }
     seen = {name: file for name, file in read.items() if file is not None}
     for name, file in (("output.file", job.output.file), ("trace.file", job.trace_file)):

@@ -13,6 +13,7 @@ from torch import Tensor
 from moempi.batch import Step
 from moempi.exchange.dispatch import Rows, combine, dispatch
 from moempi.exchange.engine import Engine
+from moempi.exchange.relay import Relay
 from moempi.exchange.tasks import PAUSE
 from moempi.model.attention import TILE, attend_tiles, untile
 from moempi.model.cache import KVCache
@@ -26,6 +27,7 @@ class Forward:
     """Takes microbatches through the network of one rank, giving way to messages between slices of work.
 
     Args:
+        relay: for what goes to other nodes; None where everything goes straight to its rank.
         cache: keys and values of the sequences at home here.
         most_rows: rows of a message, above which it is sent in pieces.
         lockstep: meet all ranks after every layer.
@@ -33,6 +35,7 @@ class Forward:
 
     network: Network
     engine: Engine
+    relay: Relay | None
     cache: KVCache
     most_rows: int
     lockstep: bool
@@ -117,7 +120,9 @@ class Forward:
         covers = self.engine.tables[layer.number].choose_covers(experts, owners, positions)
         self.note_routes(layer, route, step)
         recorder.dispatching = step.key
-        rows = dispatch(self.engine, layer.number, step.microbatch, hidden, covers, self.most_rows)
+        rows = dispatch(
+            self.engine, self.relay, layer.number, step.microbatch, hidden, route, covers, self.most_rows
+        )
         begin = recorder.since
         await rows.back
         recorder.waited(layer.number, step.key, begin, rows.back.at, len(rows.answers), rows.back.by)

@@ -10,13 +10,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moempi.errors import FitError
+from moempi.errors import FitError, JobError
+from moempi.exchange.nodes import Nodes, one_node, pretended
 from moempi.exchange.plan import Tags, message_pieces
+from moempi.exchange.relay_plan import RELAYED, Ways
+from moempi.exchange.slots import layer_tables
 from moempi.files.placement import fits, read_placement
 from moempi.job import Job
 from moempi.model.config import PAGE, ModelConfig
 from moempi.planning import memory
+from moempi.planning.links import Links
 from moempi.planning.placement import Placement, check_strict, place
+from moempi.planning.routes import Route, Work, choose_route, steps_of_a_home
 from moempi.router.admission import home_ranks
 
 
@@ -35,10 +40,28 @@ class Layout:
     tags: Tags
     piece_rows: int  # most rows of one message
     memory: tuple[memory.RankMemory, ...]
+    nodes: Nodes
+    route: Route
+    relay_budget: int  # bytes, for each kind of hops
+    mode: str  # "exact" or "fast"
+
+    @property
+    def relay_message_bytes(self) -> int:
+        """Most bytes of a message in which a relay puts several parcels."""
+        return self.relay_budget // 2
 
 
 def lay_out(
-    job: Job, config: ModelConfig, dtype: str, n_ranks: int, positions: Sequence[int], load: np.ndarray | None = None
+    job: Job,
+    config: ModelConfig,
+    dtype: str,
+    n_ranks: int,
+    positions: Sequence[int],
+    load: np.ndarray | None = None,
+    *,
+    new_tokens: Sequence[int] = (),
+    nodes: Nodes | None = None,
+    links: Links | None = None,
 ) -> Layout:
     """Decide the layout of a job.
 
@@ -46,10 +69,13 @@ def lay_out(
         dtype: of weights and activations, "float32" or "bfloat16".
         positions: that every sequence can come to fill in the KV cache.
         load: measured rows per MoE layer and expert [L, E], for `balanced`.
+        new_tokens: of every sequence, for the choice of a route.
+        nodes: that the ranks are on; None: all on one. What the job pretends comes before both.
+        links: measured, for `exchange.route = "auto"`.
 
     Raises:
         FitError: it does not fit the ranks or `memory.limit`, with numbers on both sides.
-        JobError, DataError: the placement file does not belong to this job.
+        JobError, DataError: the placement file does not belong to this job, or its mode is not to be had.
     """
     nbytes = {"float32": 4, "bfloat16": 2}[dtype]
     homes = home_ranks(job.admission.policy, n_ranks)
@@ -65,8 +91,16 @@ def lay_out(
         "microbatches": n_microbatches,
         "arrival_budget": budget,
     }
-    placement = _placement(job, config, n_ranks, nbytes, load, sizes)
-    plans = memory.plan_memory(config, nbytes, placement, homes=homes, packed_head=True, **sizes)
+    nodes = _nodes(job, n_ranks, nodes)
+    relay_budget = memory.relay_budget(job.exchange.relay_budget, config, nbytes, step_tokens)
+    # The placement needs a memory plan, and auto needs the placement: what it may choose is planned with.
+    costliest = "leader" if job.exchange.route == "auto" and links is not None else job.exchange.route
+    relays = _relays(costliest, nodes, relay_budget)
+    placement = _placement(job, config, n_ranks, nbytes, load, sizes, relays)
+    steps = steps_of_a_home(positions, new_tokens, len(homes), max(1, held // n_microbatches), step_tokens)
+    route = _route(job, config, nbytes, placement, nodes, steps, links)
+    relays = _relays(route.name, nodes, relay_budget)
+    plans = memory.plan_memory(config, nbytes, placement, homes=homes, packed_head=True, relays=relays, **sizes)
     memory.check_limit(plans, job.memory.limit)
     # Answers of cut experts are float32, whatever the model's dtype.
     pieces, rows = message_pieces(step_tokens * config.top_k, 4 * config.d_model, job.exchange.piece_bytes)
@@ -82,7 +116,53 @@ def lay_out(
         tags=Tags(n_microbatches, pieces),
         piece_rows=rows,
         memory=tuple(plans),
+        nodes=nodes,
+        route=route,
+        relay_budget=relay_budget,
+        mode="fast" if job.model.mode == "fast" else "exact",
     )
+
+
+def _nodes(job: Job, n_ranks: int, found: Nodes | None) -> Nodes:
+    if job.exchange.ranks_per_node == "auto":
+        return found or one_node(n_ranks)
+    return pretended(job.exchange.ranks_per_node, n_ranks)
+
+
+def _relays(route: str, nodes: Nodes, budget: int) -> dict[int, int] | None:
+    """Bytes that each relay gives to hops; None where there are none."""
+    return memory.relay_bytes(Ways(route, nodes), budget) if route in RELAYED and nodes.n_nodes > 1 else None
+
+
+def _route(
+    job: Job,
+    config: ModelConfig,
+    nbytes: int,
+    placement: Placement,
+    nodes: Nodes,
+    steps: tuple[tuple[float, float], ...],
+    links: Links | None,
+) -> Route:
+    """The route of a job; a fast mode in which it would change nothing is refused.
+
+    Raises:
+        JobError: with the reason and the way out.
+    """
+    cut, row = bool(np.any(placement.hi - placement.lo < placement.leaves)), config.d_model
+    work = Work(
+        steps=steps,
+        top_k=config.top_k,
+        sent=row * nbytes,
+        answered=row * (4 if cut else nbytes),
+        summed=4 * row if job.model.mode == "fast" else 0,
+    )
+    route = choose_route(job.exchange.route, nodes, layer_tables(placement), work, links)
+    if job.model.mode == "fast" and route.name not in RELAYED:
+        raise JobError(
+            "model.mode = 'fast' on the CPU is what relays do: it needs exchange.route = 'leader' or 'rail' and "
+            f"several nodes, but the route of this job is direct ({route.reason}); use 'auto'"
+        )
+    return route
 
 
 def check_tags(layout: Layout, n_layers: int, bound: int) -> None:
@@ -126,7 +206,13 @@ def _kv_tokens(job: Job, positions: Sequence[int]) -> int:
 
 
 def _placement(
-    job: Job, config: ModelConfig, n_ranks: int, nbytes: int, load: np.ndarray | None, sizes: dict[str, int]
+    job: Job,
+    config: ModelConfig,
+    n_ranks: int,
+    nbytes: int,
+    load: np.ndarray | None,
+    sizes: dict[str, int],
+    relays: dict[int, int] | None,
 ) -> Placement:
     options, leaves = job.placement, job.model.leaves
     if options.strategy == "file":
@@ -135,5 +221,5 @@ def _placement(
         fits(placement, config, n_ranks, leaves, options.file)
         check_strict(placement, options)
         return placement
-    limit = memory.slots_within(job.memory.limit, config, nbytes, packed_head=True, **sizes)
+    limit = memory.slots_within(job.memory.limit, config, nbytes, packed_head=True, relays=relays, **sizes)
     return place(config, n_ranks, options, leaves, load, limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ import torch
 from moempi import analysis, mpi
 from moempi.device.cpu import Cpu
 from moempi.errors import DataError, JobError, MoempiError
+from moempi.exchange.nodes import Nodes
 from moempi.files.inputs import Prompts, check_prompts, read_inputs
+from moempi.files.links import read_links
 from moempi.files.output_writer import OutputWriter
 from moempi.files.schema import environment, file_digest
 from moempi.files.shards import identity_of, read_stamp
@@ -20,12 +23,15 @@ from moempi.job import Job
 from moempi.layout import Layout, check_tags, lay_out
 from moempi.model.config import ModelConfig
 from moempi.model.network import product_shapes
+from moempi.planning.links import Links
 from moempi.router.messages import Assignment
 
 if TYPE_CHECKING:  # `look` runs where there is no MPI, and must not start one
     from mpi4py import MPI
 
     from moempi.exchange.topology import Topology
+
+log = logging.getLogger("moempi")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -55,17 +61,16 @@ class Found:
     sources: dict[str, str]  # {name: SHA-256}
 
 
-def look(job: Job, n_ranks: int, *, verify: bool = False) -> Found:
+def look(job: Job, n_ranks: int, nodes: Nodes | None = None, *, verify: bool = False) -> Found:
     """Read and check what a job names, and decide its layout. No MPI.
 
     Args:
+        nodes: that the ranks are on, where known.
         verify: recompute the digests that the weights file states, which reads all of it.
 
     Raises:
         DataError, JobError, FitError: naming file, dataset or option, what was found and what was expected.
     """
-    if job.model.mode == "fast":
-        raise JobError("model.mode = 'fast' needs a GPU; on the CPU the exact mode is also the fastest: use 'auto'")
     _check_there(job)
     with open_weights(job.model.weights) as weights:
         config, stored = weights.config, weights.dtype
@@ -80,7 +85,10 @@ def look(job: Job, n_ranks: int, *, verify: bool = False) -> Found:
     new_tokens = [int(own) or job.generate.max_new_tokens for own in prompts.max_new_tokens]
     positions = [len(t) + new - 1 for t, new in zip(prompts.tokens, new_tokens, strict=True)]
     dtype = job.model.dtype if job.model.dtype != "auto" else str(stored).removeprefix("torch.")
-    layout = lay_out(job, config, dtype, n_ranks, positions, _measured_load(job, config))
+    load, links = _measured_load(job, config), _measured_links(job)
+    layout = lay_out(
+        job, config, dtype, n_ranks, positions, load, new_tokens=new_tokens, nodes=nodes, links=links
+    )
     sources = {"weights": model, "inputs": file_digest(job.input.file)}
     return Found(Shape(config, layout, eos_tokens), prompts, new_tokens, model, sources)
 
@@ -113,7 +121,17 @@ def _measured_load(job: Job, config: ModelConfig) -> np.ndarray | None:
     return load[list(config.moe_layers)]
 
 
-def look_together(comm: MPI.Intracomm, job: Job, *, verify: bool = False) -> tuple[Shape, Found | None]:
+def _measured_links(job: Job) -> Links | None:
+    """What `exchange.links` names."""
+    if job.exchange.links is None:
+        return None
+    found = read_links(job.exchange.links)
+    return Links(found.source, found.destination, found.latency, found.bandwidth)
+
+
+def look_together(
+    comm: MPI.Intracomm, job: Job, nodes: Nodes, *, verify: bool = False
+) -> tuple[Shape, Found | None]:
     """`look` on rank 0, its result or its error on all ranks. Collective.
 
     Raises:
@@ -122,11 +140,14 @@ def look_together(comm: MPI.Intracomm, job: Job, *, verify: bool = False) -> tup
     found, error = None, None
     if comm.rank == 0:
         try:
-            found = look(job, comm.size, verify=verify)
+            found = look(job, comm.size, nodes, verify=verify)
             check_tags(found.shape.layout, found.shape.config.n_layers, mpi.largest_tag())
         except MoempiError as caught:
             error = caught
     mpi.agree(comm, error)
+    if found is not None and found.shape.layout.nodes.n_nodes > 1:
+        layout = found.shape.layout
+        log.info("%s, route %s: %s", layout.nodes.describe(), layout.route.name, layout.route.reason)
     return comm.bcast(found.shape if found else None, root=0), found
 
 
@@ -175,7 +196,7 @@ def _identity(job: Job, found: Found, device: Cpu) -> dict[str, str]:
         "generate.max_new_tokens": str(job.generate.max_new_tokens),
         "generate.stop_at_eos": str(job.generate.stop_at_eos),
         "dtype": found.shape.layout.dtype,
-        "mode": "exact",
+        "mode": found.shape.layout.mode,
         "model.leaves": str(job.model.leaves),
         "device": device.name,
         "products": "packed" if device.packed else "tiled",

@@ -14,12 +14,15 @@ import numpy as np
 
 from moempi.stages import (
     ANSWER,
+    ANSWER_KIND,
+    COLLECT_KIND,
     DISPATCH,
     DISPATCH_KIND,
     EXPOSED,
     KINDS,
     NO_STEP,
     PHASES,
+    RELAY,
     STAGES,
     WAIT,
     StepKey,
@@ -140,27 +143,32 @@ class Recorder:
 
     # ------------------------------------------------------------ messages
 
-    def sent(self, kind: int, layer: int, destination: int, rows: int, nbytes: int) -> None:
-        """Rows went to a rank as one message of `nbytes`, a lap; to this rank itself they go without a message."""
+    def sent(self, kind: int, layer: int, destination: int, rows: int, nbytes: int, message: int = -1) -> None:
+        """Rows went to a rank as one message of `nbytes`, a lap; to this rank itself they go without a message.
+
+        Args:
+            message: bytes of the message where others share it, 0 where it counts with one of those; -1: `nbytes`.
+        """
         if self._on:
             place = (kind * self.n_layers + layer) * self.n_ranks + destination
             self._sent_rows[place] += rows
             self._sent_bytes[place] += nbytes
-            if destination != self.rank:
+            if destination != self.rank and message:
+                nbytes = nbytes if message < 0 else message
                 self._sent_messages[place] += 1
                 self._sizes[kind * SIZE_CLASSES + nbytes.bit_length()] += 1
-                if kind == DISPATCH_KIND:
+                if kind in (DISPATCH_KIND, COLLECT_KIND):
                     self.lap(DISPATCH, layer, self.dispatching, rows, nbytes, destination)
                 else:
-                    self.lap(ANSWER, layer, NO_STEP, rows, nbytes, destination)
+                    self.lap(ANSWER if kind == ANSWER_KIND else RELAY, layer, NO_STEP, rows, nbytes, destination)
 
-    def received(self, kind: int, layer: int, source: int, rows: int, nbytes: int) -> None:
-        """A message of another rank is here."""
+    def received(self, kind: int, layer: int, source: int, rows: int, nbytes: int, messages: int = 1) -> None:
+        """A message of another rank is here, or (messages 0) more rows of one that counts already."""
         if self._on:
             place = (kind * self.n_layers + layer) * self.n_ranks + source
             self._received_rows[place] += rows
             self._received_bytes[place] += nbytes
-            self._received_messages[place] += 1
+            self._received_messages[place] += messages
 
     def answered(self, peer: int, posted: int) -> None:
         """The answer to a dispatch to `peer`, of which posting began at `posted` (ns), is here."""

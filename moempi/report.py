@@ -27,6 +27,9 @@ class Outcome:
     exit_code: int
     mode: str = "exact"
     ranks: int = 0
+    nodes: int = 0
+    route: str = ""  # of rows between nodes, and why
+    route_reason: str = ""
     sequences: int = 0  # of the input
     finished: int = 0  # of them, by this run and those that it goes on with
     new_tokens: int = 0  # of all these runs
@@ -76,7 +79,11 @@ def finish(
         earlier, tokens = committed_before(writer)
         outcome = Outcome(
             exit_code=EXIT_DONE if router.finished == router.total else drained_code,
+            mode=found.shape.layout.mode,
             ranks=comm.size,
+            nodes=found.shape.layout.nodes.n_nodes,
+            route=found.shape.layout.route.name,
+            route_reason=found.shape.layout.route.reason,
             sequences=len(found.prompts.ids),
             finished=earlier + router.finished,
             new_tokens=tokens + router.new_tokens,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -57,7 +58,8 @@ def run(
     drain = drain or Drain()
     with torch.inference_mode():
         topology = look_around(comm)
-        shape, found = look_together(comm, job, verify=verify)
+        shape, found = look_together(comm, job, topology.nodes, verify=verify)
+        topology = replace(topology, nodes=shape.layout.nodes)  # those that the job pretends, if it does
         device = choose_device(topology, job, shape)
         writer = open_output(comm, job, found, device, resume=resume, overwrite=overwrite)
         with writer or nullcontext():

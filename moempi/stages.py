@@ -21,6 +21,7 @@ LEAVES = (
     "head",  # logits and the choice of tokens
     "expert",  # one expert call
     "answer",  # post one answer
+    "relay",  # post one message between relays, or bring a home what came back; only with relays
     "receive",  # a look at the network that found something
     "poll",  # one that found nothing, while there was other work
     "control",  # messages of the router; on rank 0 the router; handing over parts of the trace
@@ -32,7 +33,7 @@ STAGES = CONTAINERS + LEAVES
 (
     STEP, WAIT, LOADED,
     COMPOSE, EMBED, PROJECT, ATTEND, DENSE, GATE, PACK, DISPATCH, COMBINE, HEAD, EXPERT, ANSWER,
-    RECEIVE, POLL, CONTROL, EXPOSED, BARRIER, IDLE,
+    RELAY, RECEIVE, POLL, CONTROL, EXPOSED, BARRIER, IDLE,
 ) = range(len(STAGES))  # fmt: skip
 FIRST_LEAF = len(CONTAINERS)
 
@@ -40,9 +41,16 @@ FIRST_LEAF = len(CONTAINERS)
 PHASES = ("other", "prefill", "decode")
 OTHER, PREFILL, DECODE = range(len(PHASES))
 
-# Kinds of messages.
-KINDS = ("dispatch", "answer")
-DISPATCH_KIND, ANSWER_KIND = range(len(KINDS))
+# Kinds of messages: each hop of a row counts once. Only relays have the last four.
+KINDS = (
+    "dispatch",  # to the rank of a slot
+    "answer",  # and back
+    "collect",  # home to its node's relay
+    "relay",  # relay to relay, between nodes
+    "return",  # and back
+    "deliver",  # relay to home
+)
+DISPATCH_KIND, ANSWER_KIND, COLLECT_KIND, RELAY_KIND, RETURN_KIND, DELIVER_KIND = range(len(KINDS))
 
 StepKey = tuple[int, int, int]  # (microbatch, step, phase)
 NO_STEP: StepKey = (-1, -1, OTHER)

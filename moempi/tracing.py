@@ -44,7 +44,7 @@ class Tracer:
         self.start = world.bcast(time.perf_counter_ns(), root=0)
         placement = shape.layout.placement
         cut_layers = np.unique(placement.layer[placement.hi - placement.lo < placement.leaves]).tolist()
-        self._known = {**self.recorder.describe(), "mode": "exact", "cut_layers": cut_layers}
+        self._known = {**self.recorder.describe(), "mode": shape.layout.mode, "cut_layers": cut_layers}
         clock = {"start": self.start, "offset": self._clock.offset, "error": self._clock.error}
         self._writer = TraceWriter(self.path, world.rank, {**self._known, "job": job.to_json(), **clock})
         self._next = time.monotonic() + self._every

@@ -13,7 +13,7 @@ def traffic_matrix(trace: Trace, kind: str, column: str = "bytes", layer: int | 
     """Totals by (source, destination), int64 [N, N]. The diagonal is what stayed on its rank, without a message.
 
     Args:
-        kind: "dispatch" or "answer".
+        kind: one of KINDS; with relays a row counts once for each hop.
         column: "rows", "bytes" or "messages".
         layer: only this one; None: all.
     """

@@ -60,7 +60,7 @@ def _seen_by_ranks() -> list[Finding]:
 
     world = mpi.start()
     topology = look_around(world)
-    reports = world.gather(this_rank(topology.node_of[world.rank], topology.threads), root=0)
+    reports = world.gather(this_rank(topology.nodes.of[world.rank], topology.threads), root=0)
     return ranks(reports, mpi.largest_tag()) if reports is not None else []
 
 

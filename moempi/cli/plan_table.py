@@ -28,6 +28,12 @@ def memory_table(layout: Layout) -> list[str]:
     return [f"Memory per rank on {layout.n_ranks} ranks, {layout.dtype}, {count}:", *lines]
 
 
+def route_lines(layout: Layout) -> list[str]:
+    """Nodes and route of a layout, as lines."""
+    nodes = layout.nodes.describe()
+    return [f"Route of rows between nodes: {layout.route.name} on {nodes} ({layout.route.reason})."]
+
+
 def _parts(plan: RankMemory) -> tuple[int, ...]:
     return (
         plan.slots,

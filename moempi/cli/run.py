@@ -190,7 +190,7 @@ def _nearby(path: Path | None) -> str:
 def _dry_run(job: Job, n_ranks: int, as_json: bool) -> int:
     from dataclasses import asdict
 
-    from moempi.cli.plan_table import memory_table
+    from moempi.cli.plan_table import memory_table, route_lines
     from moempi.prepare import look
 
     layout = look(job, n_ranks).shape.layout
@@ -198,8 +198,11 @@ def _dry_run(job: Job, n_ranks: int, as_json: bool) -> int:
         return EXIT_DONE
     if as_json:
         ranks = [asdict(plan) | {"total": plan.total} for plan in layout.memory]
-        click.echo(json.dumps({"job": job.model_dump(mode="json"), "dtype": layout.dtype, "ranks": ranks}))
+        route = {"name": layout.route.name, "reason": layout.route.reason, "node_of_rank": layout.nodes.of}
+        shown = {"job": job.model_dump(mode="json"), "dtype": layout.dtype, "route": route, "ranks": ranks}
+        click.echo(json.dumps(shown))
     else:
-        # The table stands in comments, so that what is printed is a job file as a whole.
-        click.echo("\n".join([to_toml(job), *(f"# {line}" for line in memory_table(layout))]))
+        # The tables stand in comments, so that what is printed is a job file as a whole.
+        lines = [*route_lines(layout), *memory_table(layout)]
+        click.echo("\n".join([to_toml(job), *(f"# {line}" for line in lines)]))
     return EXIT_DONE

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from mpi4py import MPI
 from torch import Tensor
 
 from moempi.exchange.tasks import Future
@@ -30,6 +32,7 @@ class Arrival:
     left: int  # rows not computed yet
     done: Future | None = None  # set for local rows, whose answer is the home's own memory
     charged: int = 0  # bytes of the arrival budget that it holds
+    reply: Callable[[np.ndarray], MPI.Request] | None = None  # sends its answer, where it came from a relay
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moempi.exchange.engine import Engine
 from moempi.exchange.plan import DispatchPlan, cut_into_pieces, plan_dispatch
+from moempi.exchange.relay import Relay
+from moempi.exchange.relay_plan import Parcel
 from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import Future
 from moempi.model.expert import tree_sum
@@ -26,6 +28,16 @@ class Rows:
     answers: Tensor  # [R, D]
     dtype: torch.dtype  # of the model
     back: Future  # done when all answers are there
+    fast: bool = False  # other nodes bring sums
+    # By (node, piece): tokens [R] of this dispatch, and the float32 sums [R, D] of their experts there.
+    sums: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def take(self, parcel: Parcel, rows: Tensor) -> None:
+        """Keep what a parcel brings: the answers [P, D] of its pairs, or in fast mode sums [R, D] of its tokens."""
+        if self.fast:
+            self.sums[parcel.node, parcel.piece] = torch.from_numpy(parcel.tokens), rows.clone()
+        else:
+            self.answers[torch.from_numpy(parcel.places)] = rows
 
     def by_pair(self) -> Tensor:
         """[T * K, D] in the model's dtype: the output of the expert of every (token, k)."""
@@ -49,30 +61,54 @@ class Rows:
         return tree_sum(lambda lo, hi: parts.get((lo, hi)), 0, int(self.table.hi[slots[-1]]))
 
 
-def dispatch(engine: Engine, layer: int, microbatch: int, hidden: Tensor, covers: np.ndarray, most_rows: int) -> Rows:
+def dispatch(
+    engine: Engine,
+    relay: Relay | None,
+    layer: int,
+    microbatch: int,
+    hidden: Tensor,
+    route: Route,
+    covers: np.ndarray,
+    most_rows: int,
+) -> Rows:
     """Send every row to the slots of its covers; the answers are there when `Rows.back` is done.
 
     Args:
+        relay: takes what goes to other nodes; None: everything goes straight to its rank.
         hidden: [T, D] normalised rows, in the model's dtype.
         covers: [T, K].
         most_rows: rows of a message, above which it is sent in pieces.
     """
     table = engine.tables[layer]
     plan = plan_dispatch(covers, table)
-    rows = hidden[torch.from_numpy(plan.pairs // covers.shape[1])]  # [R, D]
-    answers = torch.empty(rows.shape, dtype=engine.answer_dtype(table))
-    messages = [piece for message in plan.messages for piece in cut_into_pieces(message, most_rows)]
-    back = Future(len(messages))
-    engine.recorder.lap(PACK, layer, engine.recorder.dispatching, len(rows))
+    near, parcels = (list(plan.messages), []) if relay is None else relay.split(plan, table)
+    messages = [piece for message in near for piece in cut_into_pieces(message, most_rows)]
+    fast = relay is not None and relay.fast
+    # In fast mode the answers of other nodes never come, and what stands in their place adds nothing.
+    reserve = torch.zeros if fast else torch.empty
+    answers = reserve(len(plan.pairs), hidden.shape[1], dtype=engine.answer_dtype(table))
+    rows = Rows(plan, table, answers, engine.dtype, Future(len(messages) + len(parcels)), fast)
+    first, end = (near[0].lo, near[-1].hi) if near else (0, 0)
+    packed = hidden[torch.from_numpy(plan.pairs[first:end] // covers.shape[1])]  # [R, D]
+    engine.recorder.lap(PACK, layer, engine.recorder.dispatching, len(plan.pairs))
+    if relay is not None:
+        weights = route.weights.numpy().ravel()[plan.pairs]
+        for parcel in parcels:
+            relay.send(parcel, layer, microbatch, hidden, weights, rows.take, rows.back)
     for m in messages:
-        engine.send(m, layer, microbatch, rows[m.lo : m.hi], answers[m.lo : m.hi], back)
-    return Rows(plan, table, answers, engine.dtype, back)
+        engine.send(m, layer, microbatch, packed[m.lo - first : m.hi - first], answers[m.lo : m.hi], rows.back)
+    return rows
 
 
 def combine(x: Tensor, route: Route, rows: Rows) -> Tensor:
-    """Residual x [T, D] plus the weighted outputs of each token's experts: k ascending, float32, rounded once."""
+    """Residual x [T, D] plus the weighted outputs of each token's experts: k ascending, float32, rounded once.
+
+    In fast mode the sums of other nodes follow, by node.
+    """
     outputs = rows.by_pair().view(*route.experts.shape, -1)  # [T, K, D]
     total = outputs[:, 0] * route.weights[:, :1]
     for k in range(1, outputs.shape[1]):
         total += outputs[:, k] * route.weights[:, k : k + 1]
+    for _, (tokens, sums) in sorted(rows.sums.items()):
+        total[tokens] += sums
     return (x + total).to(x.dtype)

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from moempi.errors import StallError
+from moempi.exchange.account import Account
 from moempi.exchange.arrivals import Arrival, Experts
 from moempi.exchange.plan import Message, Tags, header_bytes
 from moempi.exchange.requests import Requests
@@ -73,11 +75,12 @@ class Unanswered:
     peer: int
     rows: int
     posted: int  # ns of the recorder's clock
+    way: str = ""  # beyond the peer, where that is a relay
 
     def describe(self, now: float) -> str:
         """Who owes what, and since when; `now` is on the engine's own clock."""
         waits_for = f"layer {self.layer}, microbatch {self.microbatch}, {self.rows} rows"
-        return f"rank {self.peer}: {waits_for}, {now - self.since:.1f} s"
+        return f"rank {self.peer}{self.way}: {waits_for}, {now - self.since:.1f} s"
 
 
 class Engine:
@@ -109,16 +112,17 @@ class Engine:
         self.tables, self.experts, self.tags, self.recorder = tables, experts, tags, recorder
         self.dtype, self.d_model = dtype, d_model
         self.requests = Requests()
+        self.arrivals = Account(limits.arrival_budget)
         self.slicer = Slicer(limits.slice)
+        self.takers: list[Callable[[], bool]] = [self._take_arrivals]  # of messages; each says whether any had come
         self.services: list[Callable[[], bool]] = []  # polled every turn; each says whether anything happened
         self._channels, self._limits = channels, limits
         self._ready: deque[Task] = deque()
         self._living = 0
-        self._unanswered: dict[tuple[int, int], Unanswered] = {}
+        self._unanswered: dict[Hashable, Unanswered] = {}
         self._meeting: tuple[int, float] | None = (
             None  # layer after which all ranks meet, and since when this one waits
         )
-        self._charged = 0
         self._status = MPI.Status()
         self._clock, self._looked = 0.0, time.perf_counter()
         self._empty_polls = 0
@@ -166,8 +170,9 @@ class Engine:
 
     def poll(self) -> bool:
         """Take arrivals, complete requests, ask the services; whether anything happened."""
-        moved = self._take_arrivals()
-        moved = self.requests.test() or moved
+        moved = False
+        for take in (*self.takers, self.requests.test):
+            moved = take() or moved
         begin = time.perf_counter_ns()
         acted = [service() for service in self.services]
         if any(acted):
@@ -191,10 +196,13 @@ class Engine:
     def notify(self, future: Future, by: int = -1) -> None:
         """One of the things that `future` waits for has happened; `by`: the rank that did it."""
         future.left -= 1
-        if future.left == 0:
-            future.by, future.at = by, time.perf_counter_ns()
-        if future.left == 0 and future.task is not None:
+        if future.left:
+            return
+        future.by, future.at = by, time.perf_counter_ns()
+        if future.task is not None:
             self._ready.append(future.task)
+        if future.then is not None:
+            future.then()
 
     def serve(self) -> None:
         """One expert call, and the answers that are complete with it."""
@@ -270,18 +278,29 @@ class Engine:
             self.recorder.sent(DISPATCH_KIND, layer, peer, n, 0)
             self.experts.add(Arrival(peer, tag, layer, microbatch, rows, answer, message.rows_per_slot, n, done))
             return
-        self._unanswered[peer, tag] = Unanswered(self._clock, layer, microbatch, peer, n, self.recorder.since)
+        self.expect((peer, tag), layer, microbatch, peer, n)
         receive = self._channels.answers.Irecv(as_bytes(answer), peer, tag)
-        self.requests.add(receive, lambda: self._answered(peer, tag, answer.nbytes, done))
+        self.requests.add(receive, lambda: self.take_answer((peer, tag), answer, layer, done))
         payload = frame(rows, message.rows_per_slot)
         self.requests.add(self._channels.dispatch.Isend(payload, peer, tag), lambda: payload)
         self.recorder.sent(DISPATCH_KIND, layer, peer, n, payload.nbytes)
 
-    def _answered(self, peer: int, tag: int, nbytes: int, done: Future) -> None:
-        dispatch = self._unanswered.pop((peer, tag))
-        self.recorder.received(ANSWER_KIND, dispatch.layer, peer, dispatch.rows, nbytes)
-        self.recorder.answered(peer, dispatch.posted)
-        self.notify(done, peer)
+    def expect(self, key: Hashable, layer: int, microbatch: int, peer: int, rows: int, way: str = "") -> None:
+        """Rows leave for a rank, and `answered` will be called when they are back; until then they may stall."""
+        self._unanswered[key] = Unanswered(self._clock, layer, microbatch, peer, rows, self.recorder.since, way)
+
+    def take_answer(self, key: Hashable, answer: Tensor, layer: int, done: Future) -> None:
+        """The answer [R, D] of a slot's rank is here."""
+        peer = self._unanswered[key].peer
+        self.recorder.received(ANSWER_KIND, layer, peer, len(answer), answer.nbytes)
+        self.answered(key, done)
+
+    def answered(self, key: Hashable, done: Future | None = None) -> None:
+        """What was expected has come; `done` is notified, None where it was expected for another home."""
+        dispatch = self._unanswered.pop(key)
+        if done is not None:
+            self.recorder.answered(dispatch.peer, dispatch.posted)
+            self.notify(done, dispatch.peer)
 
     # ------------------------------------------------------------ the expert's side: rows in, answers out
 
@@ -299,10 +318,8 @@ class Engine:
         header = header_bytes(table.slots_on(self.rank))
         n = (nbytes - header) // (self.d_model * self.dtype.itemsize)
         charged = nbytes + n * self.d_model * self.answer_dtype(table).itemsize
-        # The budget is never below one largest message, so an empty account always takes the next one.
-        if self._charged and self._charged + charged > self._limits.arrival_budget:
+        if not self.arrivals.take(charged):
             return False
-        self._charged += charged
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         request = self._channels.dispatch.Irecv(as_bytes(buffer), source, tag)
         self.requests.add(request, lambda: self._arrived(source, tag, buffer, header, n, charged))
@@ -325,12 +342,10 @@ class Engine:
             self.notify(arrival.done, self.rank)
             return
         payload = as_bytes(arrival.answer)
-        request = self._channels.answers.Isend(payload, arrival.source, arrival.tag)
-        self.requests.add(request, lambda: self._release(arrival))
+        send = arrival.reply or partial(self._channels.answers.Isend, dest=arrival.source, tag=arrival.tag)
+        # The callback keeps the arrival, and with it the memory that is sent.
+        self.requests.add(send(payload), lambda: self.arrivals.give(arrival.charged))
         self.recorder.sent(ANSWER_KIND, arrival.layer, arrival.source, len(arrival.rows), payload.nbytes)
-
-    def _release(self, arrival: Arrival) -> None:
-        self._charged -= arrival.charged
 
     # ------------------------------------------------------------ lockstep, for comparison
 

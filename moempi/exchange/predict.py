@@ -61,25 +61,35 @@ def messages_from_routes(
         carried anything, sorted by the first four.
     """
     links = [link for layer, table in sorted(tables.items()) for link in _of_layer(routes, layer, table, sizes)]
-    empty = np.empty((0, len(LINK) + len(COUNTS)), dtype=np.int64)
-    table = np.concatenate([empty, *links])
+    return as_columns(links, COUNTS)
+
+
+def as_columns(links: list[np.ndarray], counts: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Links [M, 4 + C] as columns, sorted by the four that name a link."""
+    table = np.concatenate([np.empty((0, len(LINK) + len(counts)), dtype=np.int64), *links])
     table = table[np.lexsort(table[:, len(LINK) - 1 :: -1].T)]
-    return dict(zip((*LINK, *COUNTS), table.T, strict=True))
+    return dict(zip((*LINK, *counts), table.T, strict=True))
 
 
 def _of_layer(
     routes: Mapping[str, np.ndarray], layer: int, table: LayerTable, sizes: RowSizes
 ) -> tuple[np.ndarray, np.ndarray]:
     """Dispatches and answers of one layer: two arrays [links, 7]."""
-    source, destination, rows = rows_per_dispatch(routes, layer, table)
+    return direct_links(*rows_per_dispatch(routes, layer, table), layer, table, sizes)
+
+
+def direct_links(
+    source: np.ndarray, destination: np.ndarray, rows: np.ndarray, layer: int, table: LayerTable, sizes: RowSizes
+) -> tuple[np.ndarray, np.ndarray]:
+    """What dispatches of `rows` [M] from ranks to ranks [M] come to, and their answers: two arrays [links, 7]."""
     away = source != destination
     messages = np.where(away, -(-rows // sizes.most_rows), 0)
     headers = np.array([header_bytes(table.slots_on(rank)) for rank in range(table.n_ranks)], dtype=np.int64)
     out = np.where(away, rows * sizes.dispatched(), 0) + messages * headers[destination]
     back = np.where(away, rows * sizes.answered(table), 0)
     return (
-        _add_up(source, DISPATCH_KIND, layer, destination, np.stack([rows, out, messages])),
-        _add_up(destination, ANSWER_KIND, layer, source, np.stack([rows, back, messages])),
+        add_up(source, DISPATCH_KIND, layer, destination, np.stack([rows, out, messages])),
+        add_up(destination, ANSWER_KIND, layer, source, np.stack([rows, back, messages])),
     )
 
 
@@ -90,6 +100,16 @@ def rows_per_dispatch(
 
     A dispatch is what one home sends in one (step, microbatch); it may go to its own rank too.
     """
+    homes, token, slot = rows_of_layer(routes, layer, table)
+    keys = np.concatenate([homes[:, token], table.rank[slot][None]])
+    found, rows = np.unique(keys, axis=1, return_counts=True)
+    return found[0], found[3], rows.astype(np.int64)
+
+
+def rows_of_layer(
+    routes: Mapping[str, np.ndarray], layer: int, table: LayerTable
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Every row that a layer sends: (homes [3, T]: rank, step, microbatch of a token; token [R]; slot [R])."""
     mine = np.flatnonzero(routes["layer"] == layer)
     names = ("rank", "step", "microbatch", "sequence", "position")
     rank, step, microbatch, sequence, position = (routes[name][mine].astype(np.int64) for name in names)
@@ -100,10 +120,7 @@ def rows_per_dispatch(
     slots = np.array([slot for cover in table.covers for slot in cover], dtype=np.int64)
     token, cover = np.repeat(np.arange(len(mine)), covers.shape[1]), covers.ravel()
     token, cover, part = _spread(token, cover, lengths[cover])
-    destination = table.rank[slots[begin[cover] + part]]
-    keys = np.stack([rank[token], step[token], microbatch[token], destination])
-    found, rows = np.unique(keys, axis=1, return_counts=True)
-    return found[0], found[3], rows.astype(np.int64)
+    return np.stack([rank, step, microbatch]), token, slots[begin[cover] + part]
 
 
 def _spread(token: np.ndarray, cover: np.ndarray, times: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -113,8 +130,8 @@ def _spread(token: np.ndarray, cover: np.ndarray, times: np.ndarray) -> tuple[np
     return np.repeat(token, times), np.repeat(cover, times), part
 
 
-def _add_up(source: np.ndarray, kind: int, layer: int, destination: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Totals of counts [3, M] by link: int64 [links, 7]."""
+def add_up(source: np.ndarray, kind: int, layer: int, destination: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Totals of counts [C, M] by link: int64 [links, 4 + C]."""
     links, place = np.unique(np.stack([source, destination]), axis=1, return_inverse=True)
     totals = np.zeros((len(counts), links.shape[1]), dtype=np.int64)
     for total, count in zip(totals, counts, strict=True):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 Task = Coroutine[Any, None, None]
@@ -13,12 +13,15 @@ class Future:
     """Becomes done when it has been notified `left` times; one task may wait for it.
 
     Once it is done, `by` is the rank that was last to do its share (-1: no particular one), `at` is when (ns).
+
+    Args:
+        then: called when it is done.
     """
 
-    __slots__ = ("at", "by", "left", "task")
+    __slots__ = ("at", "by", "left", "task", "then")
 
-    def __init__(self, left: int = 1):
-        self.left = left
+    def __init__(self, left: int = 1, then: Callable[[], None] | None = None):
+        self.left, self.then = left, then
         self.by, self.at = -1, 0
         self.task: Task | None = None
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mpi4py import MPI
 
+from moempi.exchange.nodes import Nodes, numbered
 from moempi.threads import fair_share
 
 ROUND_TRIPS = 20  # of which the shortest bounds the error of a clock
@@ -17,21 +18,16 @@ ROUND_TRIPS = 20  # of which the shortest bounds the error of a clock
 
 @dataclass(frozen=True)
 class Topology:
-    """The nodes of a job. A node is what shares memory, as MPI sees it."""
+    """The ranks of a job and their nodes. A node is what shares memory, as MPI sees it, or what the job pretends."""
 
     world: MPI.Intracomm
-    node_of: tuple[int, ...]  # node of every rank, numbered by their first rank
+    nodes: Nodes
     hosts: tuple[str, ...]  # host name of every rank
     threads: int  # this rank's share of the cores of its node
 
-    @property
-    def n_nodes(self) -> int:
-        """How many nodes there are."""
-        return len(set(self.node_of))
-
     def describe(self) -> list[dict[str, int | str]]:
         """Node and host of every rank."""
-        return [{"node": node, "host": host} for node, host in zip(self.node_of, self.hosts, strict=True)]
+        return [{"node": node, "host": host} for node, host in zip(self.nodes.of, self.hosts, strict=True)]
 
 
 def look_around(world: MPI.Intracomm) -> Topology:
@@ -40,9 +36,7 @@ def look_around(world: MPI.Intracomm) -> Topology:
     first = node.bcast(world.rank, root=0)
     threads = fair_share(node.allgather(os.sched_getaffinity(0)), node.rank)
     node.Free()
-    firsts = world.allgather(first)
-    number = {first: i for i, first in enumerate(sorted(set(firsts)))}
-    return Topology(world, tuple(number[f] for f in firsts), tuple(world.allgather(platform.node())), threads)
+    return Topology(world, numbered(world.allgather(first)), tuple(world.allgather(platform.node())), threads)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ _DONE = {
     "stage": ("i2", "", "what was done"),
 }
 _LINK = {
-    "kind": ("i1", "", "dispatch or answer"),
+    "kind": ("i1", "", "dispatch, answer, or a hop between relays"),
     "layer": _PLACE["layer"],
     "source": ("i4", "", "rank that sent"),
     "destination": ("i4", "", "rank that received"),

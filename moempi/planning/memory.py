@@ -8,12 +8,14 @@ interpreter and of the MPI library is not in the plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from moempi.errors import FitError
+from moempi.exchange.relay_plan import Ways
+from moempi.exchange.relay_wire import ALIGNED
 from moempi.model.config import PAGE, ModelConfig
 from moempi.planning.placement import Placement
 
@@ -54,6 +56,7 @@ def plan_memory(
     arrival_budget: int,
     homes: Collection[int] | None = None,
     packed_head: bool = False,
+    relays: Mapping[int, int] | None = None,
 ) -> list[RankMemory]:
     """The plan of every rank, in order of rank.
 
@@ -66,10 +69,13 @@ def plan_memory(
         homes: ranks that are homes; None: all. Others hold no KV cache and send no rows of their own.
         packed_head: tied heads share the embedding's memory, but exact products on the CPU keep a packed copy;
             True counts it.
+        relays: bytes that each relay gives to hops; None: rows go straight to their ranks. Where there are relays,
+            homes pack rows for them, and receive what they bring, beside their own.
     """
     shared = shared_bytes(config, dtype_bytes, packed_head)
     kv = kv_bytes(config, dtype_bytes, kv_tokens)
     own = microbatches * home_message_bytes(config, dtype_bytes, max_step_tokens, placement)
+    own *= 1 if relays is None else 2
     step = step_bytes(config, dtype_bytes, capacity, max_step_tokens, microbatches)
     slots, experts = _slots_of_ranks(config, dtype_bytes, placement)
     home = [homes is None or rank in homes for rank in range(placement.n_ranks)]
@@ -80,7 +86,7 @@ def plan_memory(
             shared_bytes=shared,
             expert_bytes=int(experts[rank]),
             kv_bytes=kv * home[rank],
-            message_bytes=arrival_budget + own * home[rank],
+            message_bytes=arrival_budget + own * home[rank] + (relays or {}).get(rank, 0),
             step_bytes=step,
         )
         for rank in range(placement.n_ranks)
@@ -173,6 +179,19 @@ def arrival_budget(option_bytes: int, config: ModelConfig, dtype_bytes: int, max
     return max(option_bytes, largest_message(config, dtype_bytes, max_step_tokens) + answer)
 
 
+def relay_budget(option_bytes: int, config: ModelConfig, dtype_bytes: int, max_step_tokens: int) -> int:
+    """`exchange.relay_budget`, raised to what one largest parcel holds while it is spread: rows, answers, returns."""
+    rows = max_step_tokens * config.top_k * config.d_model
+    lists = ALIGNED * 4 + 4 * (2 * config.n_experts + 2 * max_step_tokens * config.top_k)
+    return max(option_bytes, lists + rows * (dtype_bytes + 3 * _FLOAT32))
+
+
+def relay_bytes(ways: Ways, budget: int) -> dict[int, int]:
+    """Bytes that each relay gives to hops: a budget for every kind, of which a rail collects nothing."""
+    kinds = 3 if ways.route == "rail" else 4
+    return {rank: kinds * budget for rank in range(ways.nodes.n_ranks) if ways.is_relay(rank)}
+
+
 def microbatches_auto(config: ModelConfig, n_ranks: int, capacity: int) -> int:
     """Microbatches per rank for `run.microbatches` = "auto": 2 where the mean expert call has rows enough, else 1.
 
@@ -222,6 +241,7 @@ def slots_within(
     microbatches: int,
     arrival_budget: int,
     packed_head: bool = False,
+    relays: Mapping[int, int] | None = None,
 ) -> int | None:
     """Most whole experts, over all layers, that fit a home rank: the `slot_limit` of `place`. None: no limit.
 
@@ -230,13 +250,14 @@ def slots_within(
     """
     if not limit:
         return None
+    own = home_message_bytes(config, dtype_bytes, max_step_tokens) * (1 if relays is None else 2)
     rest = RankMemory(
         rank=0,
         slots=0,
         shared_bytes=shared_bytes(config, dtype_bytes, packed_head),
         expert_bytes=0,
         kv_bytes=kv_bytes(config, dtype_bytes, kv_tokens),
-        message_bytes=arrival_budget + microbatches * home_message_bytes(config, dtype_bytes, max_step_tokens),
+        message_bytes=arrival_budget + microbatches * own + max((relays or {}).values(), default=0),
         step_bytes=step_bytes(config, dtype_bytes, capacity, max_step_tokens, microbatches),
     )
     if rest.total > limit:

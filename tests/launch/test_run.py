@@ -316,6 +316,21 @@ def test_a_stopped_rank_is_a_stall(tmp_path: Path, victim: int) -> None:
     assert finished(job.parent / "out.h5")
 
 
+@pytest.mark.parametrize("route", ["leader", "rail"])
+def test_a_stopped_relay_is_a_stall_that_names_it(tmp_path: Path, route: str) -> None:
+    job = write_job(tmp_path, stall_timeout="5.0")
+    pretend = ["--set", f"exchange.route={route}", "--set", "exchange.ranks_per_node=2"]
+    with Running(moempi("run", job, "-n", "4", *pretend)) as running:
+        wait_for_commit(running, job)
+        pids = rank_pids(mpirun_of(running))
+        os.kill(pids[2], signal.SIGSTOP)
+        ended = running.wait()
+        wait_until(lambda: not alive(list(pids.values())), "the end of all ranks", 10)
+    assert ended.code == 76, ended.err
+    assert len(causes(ended.err)) == 1, ended.err
+    assert re.search(r"no answer from rank \d.*rank 2\b|no answer from rank 2\b", causes(ended.err)[0])
+
+
 @pytest.mark.parametrize("lockstep", ["false", "true"])
 @pytest.mark.parametrize("victim", [0, 3])
 def test_a_stopped_rank_without_experts_is_missed(tmp_path: Path, victim: int, lockstep: str) -> None:

@@ -22,6 +22,8 @@ FREE: dict[str, list[Any]] = {
     "placement.strategy": ["linear", "balanced", "random"],
     "placement.seed": list(range(7)),
     "placement.replicas": ["auto", 0, "few", "many"],
+    "exchange.route": ["direct", "leader", "rail"],
+    "exchange.relay_budget": [2**26, 0],
     "exchange.lockstep": [False, False, False, True],
     "exchange.piece_bytes": [2**28, 2**28, 1, 600],
     "exchange.arrival_budget": [2**28, 0],
@@ -49,6 +51,7 @@ class Dealer:
     def layout(self, ranks: int, config: dict[str, Any], leaves: int) -> Layout:
         """A layout on so many ranks."""
         options = {name: self.deal(name, values) for name, values in FREE.items()}
+        options["exchange.ranks_per_node"] = self._nodes(ranks)
         options["run.prefill_tokens"], options["run.capacity"] = options.pop("prefill")
         pieces = options.pop("pieces")
         cuts = self._cuts(config, pieces) if pieces <= min(leaves, ranks) else ()
@@ -57,6 +60,13 @@ class Dealer:
         wanted = 0 if cuts else options["placement.replicas"]  # so that there are ranks for the pieces
         options["placement.replicas"] = extra.get(wanted, wanted)
         return Layout(ranks, options, cuts)
+
+    def _nodes(self, ranks: int) -> list[int]:
+        """Nodes of any sizes."""
+        sizes = []
+        while (left := ranks - sum(sizes)) > 0:
+            sizes.append(self._rng.randint(1, left))
+        return sizes
 
     def _cuts(self, config: dict[str, Any], pieces: int) -> tuple[Cut, ...]:
         layers = sorted(set(range(config["num_hidden_layers"])) - set(config["mlp_only_layers"]))

@@ -227,7 +227,7 @@ def test_a_budget_of_one_message_slows_the_run_and_does_not_stop_it(
 
         def _take_arrival(self, source: int, tag: int, nbytes: int) -> bool:
             taken = super()._take_arrival(source, tag, nbytes)
-            charged.append(self._charged - self._limits.arrival_budget)
+            charged.append(self.arrivals.held - self.arrivals.limit)
             if not taken:
                 refused.append(source)
                 if len(held) == 1:

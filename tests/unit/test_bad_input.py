@@ -232,6 +232,8 @@ def test_a_load_that_is_missing(job: Path, command: Command) -> None:
         (4, "placement.strict=true", r"E = 5 experts.*N = 4 ranks.*2 slots.*placement\.strict"),
         (2, "memory.limit=1 KiB", r"memory\.limit = 1\.0 KiB: .* needs .* MiB"),
         (2, "memory.kv_tokens=1", r"memory\.kv_tokens = 1, but the longest sequence needs 64 positions"),
+        (4, "exchange.ranks_per_node=[3, 2]", r"ranks_per_node = \[3, 2\] adds up to 5 ranks, the job has 4"),
+        (4, "exchange.ranks_per_node=3", r"ranks_per_node = 3 does not divide the 4 ranks"),
         (2, "placement.replicas=99", r"99.*5 experts|replicas.*99"),
     ],
 )
@@ -255,7 +257,10 @@ WRONG = {
     "unknown section": (("run", "JOB", "--set", "rnu.capacity=3"), r"--set rnu\.capacity=3: .* mean `run`\?"),
     "wrong type": (("run", "JOB", "--set", "run.capacity=true"), r"`run\.capacity` = True: expected a whole number"),
     "set without a value": (("run", "JOB", "--set", "run.capacity"), r"--set run\.capacity: expected section\.key="),
-    "fast on the CPU": (("run", "JOB", "--dry-run", "--set", "model.mode=fast"), r"model\.mode = 'fast' needs a GPU"),
+    "fast on the CPU": (
+        ("run", "JOB", "--dry-run", "--set", "model.mode=fast"),
+        r"model\.mode = 'fast' on the CPU .* direct \(there is one node\)",
+    ),
     "more leaves than hidden": (
         ("run", "JOB", "--dry-run", "--set", "model.leaves=8"),
         r"model\.leaves = 8, but an expert's hidden size is 6",

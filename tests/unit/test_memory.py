@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moempi.errors import FitError
+from moempi.exchange.nodes import pretended
+from moempi.exchange.relay_plan import Ways
 from moempi.job import PlacementOptions
 from moempi.model.config import ModelConfig
 from moempi.planning import memory
@@ -60,6 +62,19 @@ def test_plan_of_every_rank() -> None:
         assert (plan.shared_bytes, plan.kv_bytes) == (SHARED, KV)
         assert plan.message_bytes == 5000 + 2 * ROWS
         assert plan.total == SHARED + KV + plan.expert_bytes + plan.message_bytes + plan.step_bytes
+
+
+def test_relays_hold_a_budget_for_every_kind_of_hop() -> None:
+    placement = place(SMALL, 4, PlacementOptions(replicas=0), 1)
+    nodes = pretended([3, 1], 4)
+    leaders, rails = (memory.relay_bytes(Ways(route, nodes), 1000) for route in ("leader", "rail"))
+    assert leaders == {0: 4000, 3: 4000} and rails == dict.fromkeys(range(4), 3000)
+    plans = memory.plan_memory(SMALL, 2, placement, relays=leaders, **STEP)
+    # Homes pack rows for relays, and get what they bring, beside their own.
+    assert [plan.message_bytes for plan in plans] == [5000 + 4 * ROWS + relay for relay in (4000, 0, 0, 4000)]
+    # 10 tokens x 2 experts x 8 numbers: rows in 2 bytes, answers and two returns in 4; and the lists of a parcel.
+    assert memory.relay_budget(0, SMALL, 2, 10) == 160 * 14 + 256 + 4 * (2 * 5 + 2 * 20)
+    assert memory.relay_budget(10**6, SMALL, 2, 10) == 10**6
 
 
 def test_ranks_that_are_no_homes_hold_no_cache_and_send_nothing() -> None:
