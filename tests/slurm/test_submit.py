@@ -59,6 +59,9 @@ def test_a_cancelled_job_has_committed_and_does_not_come_back(
 ) -> None:
     job, output = write_job(tmp_path, LONG), tmp_path / "out.h5"
     told = submit(cluster, job)
+    waiting = submit(cluster, job, "--resume", "--after", told["id"])
+    assert moempi(cluster, "cancel", waiting["id"]) == f"job {waiting['id']}: cancelled\n"
+    assert cluster.show(waiting["id"])["JobState"] == "CANCELLED"
     wait_until(lambda: committed(output).finished, lambda: text_of(Path(told["log"])))
     assert "commits what it has done and ends" in moempi(cluster, "cancel", job)
     ended = cluster.wait(told["id"])
