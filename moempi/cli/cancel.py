@@ -26,8 +26,12 @@ def cancel(job: str, overrides: tuple[str, ...], now: bool) -> None:
     living = {one: scheduler.living(one) for one in find(job, list(overrides)).ids}
     if not any(living.values()):
         raise JobError(f"{job}: Slurm knows of no such job that waits or runs; `moempi status` shows those there are")
-    for job_id, states in living.items():
+    for job_id, found in living.items():
+        states = {one.state for one in found}
+        if now and states:
+            scheduler.cancel(job_id)
+        elif states:
+            scheduler.interrupt(job_id, states)
         if states:
-            (scheduler.cancel if now else scheduler.interrupt)(job_id)
-            running = any(one.state == "RUNNING" for one in states)
-            click.echo(f"job {job_id}: {'commits what it has done and ends' if running and not now else 'cancelled'}")
+            drains = "RUNNING" in states and not now
+            click.echo(f"job {job_id}: {'commits what it has done and ends' if drains else 'cancelled'}")

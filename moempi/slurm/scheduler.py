@@ -83,10 +83,16 @@ def cancel(job_id: str) -> None:
     _run("scancel", check_id(job_id))
 
 
-def interrupt(job_id: str) -> None:
-    """Take what waits of a job out of the queue, and send SIGINT to the batch script of what runs."""
-    _run("scancel", "--state=PENDING", check_id(job_id))
-    _run("scancel", "--state=RUNNING", "--signal=INT", "--batch", job_id)
+def interrupt(job_id: str, states: set[str]) -> None:
+    """Take what waits of a job out of the queue, and send SIGINT to the batch script of what runs.
+
+    Args:
+        states: of its elements; Slurm refuses a signal to a job that has ended.
+    """
+    if states - {"RUNNING"}:
+        _run("scancel", *(["--state=PENDING"] if "RUNNING" in states else []), check_id(job_id))
+    if "RUNNING" in states:
+        _run("scancel", "--state=RUNNING", "--signal=INT", "--batch", check_id(job_id))
 
 
 def requeue(job_id: str) -> None:
