@@ -16,7 +16,7 @@ from moempi.exchange.engine import Engine, as_bytes
 from moempi.exchange.hops import Hops, Sizes, Turns
 from moempi.exchange.inbox import Inbox, Received
 from moempi.exchange.lane import Group, Lanes, Parcelled
-from moempi.exchange.relay_wire import Frame, empty_return, read_parcels, return_bytes, write_fan_out
+from moempi.exchange.relay_wire import Frame, Name, empty_return, read_parcels, return_bytes, write_fan_out
 from moempi.exchange.tasks import Future
 from moempi.stages import DISPATCH_KIND, NO_STEP, RELAY_KIND, RETURN_KIND
 
@@ -31,10 +31,13 @@ class _Message:
 
 @dataclass(frozen=True)
 class _Spread:
-    """A parcel whose rows have gone to their slots."""
+    """A parcel whose rows have gone to their slots; nothing of the message that it came in is kept."""
 
     source: int  # the relay that it came from
-    frame: Frame
+    layer: int
+    n_rows: int  # R
+    row_of_pair: Tensor  # [P]
+    weights: Tensor | None  # [P] in fast mode
     answers: Tensor  # [P, D] filled by the slots
     reply: np.ndarray  # the return, uint8
     body: np.ndarray  # its rows, uint8; but in fast mode `answers` is a view of them
@@ -88,16 +91,18 @@ class FanOut:
         engine, layer = self._engine, frame.name.layer
         row = self._sizes.rows[layer]
         rows = torch.from_numpy(frame.rows).view(engine.dtype).view(frame.n_rows, engine.d_model)
-        pairs = rows[torch.from_numpy(frame.row_of_pair).long()]  # [P, D]
+        row_of_pair = torch.from_numpy(frame.row_of_pair).long()  # [P] a copy
+        weights = None if frame.weights is None else torch.from_numpy(frame.weights).clone()
+        pairs = rows[row_of_pair]  # [P, D]
         kind = engine.answer_dtype(engine.tables[layer])
         reply, body = empty_return(frame.name, frame.n_rows if row.fast else len(pairs), row)
         place = np.empty(len(pairs) * row.answered, dtype=np.uint8) if row.fast else body
         answers = torch.from_numpy(place).view(kind).view(len(pairs), engine.d_model)
         parts = list(self._parts(frame))
-        spread = _Spread(source, frame, answers, reply, body, charged)
+        spread = _Spread(source, layer, frame.n_rows, row_of_pair, weights, answers, reply, body, charged)
         back = Future(len(parts), then=partial(self._send_back, spread))
         for rank, counts, lo, hi in parts:
-            self._send(frame, rank, counts, pairs[lo:hi], answers[lo:hi], back)
+            self._send(frame.name, rank, counts, pairs[lo:hi], answers[lo:hi], back)
 
     def _parts(self, frame: Frame) -> list[tuple[int, np.ndarray, int, int]]:
         """(rank, rows for each of its slots, lo, hi): pairs [lo, hi) go to a rank."""
@@ -112,8 +117,8 @@ class FanOut:
             lo = hi
         return parts
 
-    def _send(self, frame: Frame, rank: int, counts: np.ndarray, rows: Tensor, answers: Tensor, back: Future) -> None:
-        engine, name, n = self._engine, frame.name, len(rows)
+    def _send(self, name: Name, rank: int, counts: np.ndarray, rows: Tensor, answers: Tensor, back: Future) -> None:
+        engine, n = self._engine, len(rows)
         if rank == engine.rank:
             per_slot = tuple(counts.tolist())
             arrival = Arrival(rank, -1, name.layer, name.microbatch, rows, answers, per_slot, n, done=back)
@@ -133,12 +138,12 @@ class FanOut:
     # ------------------------------------------------------------ and back
 
     def _send_back(self, spread: _Spread) -> None:
-        frame, n = spread.frame, len(spread.answers)
-        if frame.weights is not None:
-            n = frame.n_rows
+        n = len(spread.answers)
+        if spread.weights is not None:
+            n = spread.n_rows
             sums = torch.zeros(n, self._engine.d_model)
-            weighted = spread.answers * torch.from_numpy(frame.weights).unsqueeze(1)  # [P, D] float32
-            sums.index_add_(0, torch.from_numpy(frame.row_of_pair).long(), weighted)
+            weighted = spread.answers * spread.weights.unsqueeze(1)  # [P, D] float32
+            sums.index_add_(0, spread.row_of_pair, weighted)
             spread.body[:] = as_bytes(sums)
         gone = partial(self._held.give, spread.charged)
-        self._lanes.to(spread.source).put(Parcelled(spread.reply, frame.name.layer, n, gone))
+        self._lanes.to(spread.source).put(Parcelled(spread.reply, spread.layer, n, gone))

@@ -24,7 +24,7 @@ from moempi.files.parts import parts_folder
 from moempi.files.trace import Clocks, merge_trace, set_aside, write_part
 from moempi.files.trace_writer import TraceWriter
 from moempi.recorder import LEVELS, Recorder
-from moempi.stages import ATTEND, DECODE, EXPERT, NO_STEP, PREFILL, STAGES, STEP
+from moempi.stages import ATTEND, DECODE, EXPERT, KINDS, NO_STEP, PREFILL, STAGES, STEP
 
 N, L, E, K = 3, 4, 5, 2
 
@@ -194,7 +194,7 @@ def test_the_file_explains_itself(tmp_path: Path) -> None:
     merge(path, "routes")
     with schema.open_file(path, "trace") as file:
         assert schema.text_attribute(file["spans/stage"], "legend").split(",") == list(STAGES)
-        assert schema.text_attribute(file["traffic/kind"], "legend") == "dispatch,answer"
+        assert schema.text_attribute(file["traffic/kind"], "legend").split(",") == list(KINDS)
         assert schema.text_attribute(file["spans/begin"], "units") == "ns"
         for group, columns in trace_columns.COLUMNS.items():
             assert set(file[group]) == set(columns)
