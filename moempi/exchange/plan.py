@@ -33,6 +33,12 @@ class DispatchPlan:
     slot_begin: np.ndarray  # [S + 1] rows of slot s are slot_begin[s]:slot_begin[s + 1]
     n_pairs: int
 
+    def places(self) -> np.ndarray:
+        """int64 [T * K]: the row of every pair, where each has one."""
+        places = np.empty(self.n_pairs, dtype=np.int64)
+        places[self.pairs] = np.arange(self.n_pairs)
+        return places
+
 
 def plan_dispatch(covers: np.ndarray, table: LayerTable) -> DispatchPlan:
     """Sort the pairs of a microbatch by slot.
