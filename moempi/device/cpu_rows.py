@@ -1,4 +1,4 @@
-"""The CPU's kernels on tensors: what `cpu_kernels` does to addresses, with the memory it needs.
+"""The CPU's kernels on tensors: what they do to addresses, with the memory it needs.
 
 A row is what a token is at a place in the network; tensors are contiguous. Nothing here is split among threads: the
 bits of a row depend on the row alone, and on nothing of how a call was made.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from moempi.device.compiled import Kernels, kernels
+from moempi.device.kernels.compiled import Kernels, kernels
 from moempi.model.attention import AttentionPlan
 from moempi.model.cache import KVCache
 from moempi.model.gate import Route
@@ -46,9 +46,9 @@ def padded(n: int) -> int:
 
 
 def pack_panels(weight: Tensor) -> Tensor:
-    """[O, I] -> [O / 16, I, 16] float32, zero padded: sixteen outputs lie together for every input."""
+    """[O, I] -> [O / 16, I, 16], zero padded: sixteen outputs lie together for every input."""
     outputs, inputs = weight.shape
-    wide = weight.new_zeros(padded(outputs), inputs, dtype=torch.float32)
+    wide = weight.new_zeros(padded(outputs), inputs)
     wide[:outputs] = weight
     return wide.view(-1, LANES, inputs).transpose(1, 2).contiguous()
 
@@ -57,7 +57,7 @@ class SmallLinear:
     """`y = x @ weight.T` in float32, rounded once, for weights that fit a core's cache.
 
     Args:
-        weight: [O, I]; the output has its dtype.
+        weight: [O, I], float32 or bfloat16; packed, so that the caller can drop it.
     """
 
     def __init__(self, weight: Tensor):
@@ -67,17 +67,17 @@ class SmallLinear:
         self._scratch = BLOCK * (self.shape[1] + padded(self.shape[0]))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[R, I] of float32 or bfloat16 -> [R, O]; `residual` [R, O] of x's dtype is added before it is rounded."""
+        """[R, I] -> [R, O] in the weight's dtype; `residual` [R, O] of that dtype is added before it is rounded."""
+        x = x.to(self.dtype)
         n, (outputs, inputs) = x.shape[0], self.shape
         out = torch.empty((n, outputs), dtype=self.dtype)
-        kernels_for(x.dtype).product(
+        kernels_for(self.dtype).product(
             x.data_ptr(),
             n,
             inputs,
             self._weight,
             outputs,
             out.data_ptr(),
-            self.dtype == torch.float32,
             0 if residual is None else residual.data_ptr(),
             scratch(self._scratch),
         )
@@ -171,7 +171,7 @@ def turn_heads(
         cache.values[layer].data_ptr(),
         width,
         queries[lo:].data_ptr(),
-        scratch(3 * dim + LANES),
+        scratch(2 * dim + LANES),
         eps,
         dim**-0.5,
     )

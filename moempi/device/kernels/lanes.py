@@ -1,4 +1,4 @@
-"""Sixteen float32 lanes as one value in code that numba compiles: the alphabet that `cpu_kernels` is written in.
+"""Sixteen float32 lanes as one value in code that numba compiles: the alphabet that kernels are written in.
 
 Every operation is IEEE 754's, in the order in which it is written: LLVM may choose registers and instructions but
 not results. A fused multiply-add is one because the source says so. Addresses are whole numbers (`Tensor.data_ptr()`).
@@ -41,7 +41,7 @@ def _operation(result: Any, parameters: tuple[Any, ...], build: Callable[..., An
 
     def typer(typingctx: Any, *given: Any) -> Any:
         def codegen(context: Any, builder: ir.IRBuilder, signature: Any, values: Any) -> Any:
-            cast = [context.cast(builder, v, g, p) if g != p else v for v, g, p in zip(values, given, parameters)]
+            cast = [context.cast(builder, *one) for one in zip(values, given, parameters, strict=True)]
             found = build(builder, *cast)
             return context.get_dummy_value() if result is types.void else found
 

@@ -1,4 +1,4 @@
-"""The kernels of `cpu_kernels` as functions to call, compiled once per machine and kept in the user's cache folder.
+"""The kernels as functions to call, compiled once per machine and kept in the user's cache folder.
 
 The first run on a machine compiles with numba, which takes some seconds; the machine code is kept as one object file,
 and later runs load it with llvmlite alone, in milliseconds. Another version of the kernels, of numba or of the
@@ -17,20 +17,19 @@ from contextlib import suppress
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import llvmlite.binding as llvm
 
-_SOURCES = ("lanes.py", "cpu_kernels.py", "compiled.py")
-# Which parameters are floats; all others are whole numbers. The order is that of `cpu_kernels.SIGNATURES`.
+# Of every kernel: which parameters are whole numbers (i), and which are float32 (f).
 _PARAMETERS = {
     "norm": "iiiifi",
-    "product": "i" * 9,
+    "product": "i" * 8,
     "experts": "i" * 6,
     "swiglu": "i" * 4,
     "turn_heads": "i" * 16 + "ff",
     "attend": "i" * 14,
     "choose_experts": "i" * 8,
-    "pack": "i" * 18,
     "combine": "i" * 8,
 }
 # numba's code names these for exceptions, which the kernels have none of.
@@ -38,7 +37,7 @@ _NEVER_CALLED = (
     "numba_gil_ensure", "numba_gil_release", "numba_unpickle", "numba_runtime_build_excinfo_struct", "numba_do_raise",
     "NRT_Free",
 )  # fmt: skip
-_ctypes = {"i": ctypes.c_int64, "f": ctypes.c_float}
+_ctypes: dict[str, Any] = {"i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 class Kernels:
@@ -51,7 +50,6 @@ class Kernels:
     turn_heads: Callable[..., None]
     attend: Callable[..., None]
     choose_experts: Callable[..., None]
-    pack: Callable[..., None]
     combine: Callable[..., None]
 
     def __init__(self, code: bytes):
@@ -108,8 +106,8 @@ def _write(path: Path, code: bytes) -> None:
 def _key() -> str:
     """Everything that the machine code depends on, as a short digest."""
     digest = hashlib.sha256()
-    for name in _SOURCES:
-        digest.update((Path(__file__).parent / name).read_bytes())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
     for text in (version("numba"), version("llvmlite"), llvm.get_host_cpu_name(), _features()):
         digest.update(text.encode())
     return digest.hexdigest()[:20]
@@ -124,15 +122,20 @@ def compile_kernels(half: bool) -> bytes:
     # numba takes a fifth of a second to import, which later runs do without.
     from numba import cfunc, types
 
-    from moempi.device.cpu_kernels import SIGNATURES, build
+    from moempi.device.kernels import attention, elements, products, rows
 
+    kinds = {"i": types.int64, "f": types.float32}
+    builders: dict[str, Any] = vars(attention) | vars(products) | vars(rows)
+    e = elements.elements(half)
     module = llvm.parse_assembly("")
-    for name, kernel in build(half).items():
-        compiled = cfunc(types.void(*SIGNATURES[name]), error_model="numpy")(kernel)
+    for name, parameters in _PARAMETERS.items():
+        kernel = builders[f"build_{name}"](e)
+        compiled: Any = cfunc(types.void(*(kinds[p] for p in parameters)), error_model="numpy")(kernel)
         text = compiled._library.get_llvm_str().replace(compiled._wrapper_name, name)
         module.link_in(llvm.parse_assembly(text))
     target = llvm.Target.from_triple(module.triple or llvm.get_default_triple())
     machine = target.create_target_machine(
         cpu=llvm.get_host_cpu_name(), features=_features(), opt=3, reloc="pic", codemodel="default"
     )
-    return machine.emit_object(module)
+    code: bytes = machine.emit_object(module)
+    return code
