@@ -80,7 +80,7 @@ class Forward:
         attended = torch.empty_like(x)
 
         def project(lo: int, hi: int) -> None:
-            rows, tables = layer.project(x[lo:hi]), (rotary.cos, rotary.sin)
+            rows, tables = layer.project_rows(x[lo:hi]), (rotary.cos, rotary.sin)
             cpu_rows.turn_heads(rows, layer.head_norm, tables, plan, lo, self.cache, layer.number, queries, c.norm_eps)
 
         def mix(lo: int, hi: int) -> None:

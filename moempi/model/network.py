@@ -39,7 +39,7 @@ class Layer:
         else:
             self.gate = device.linear(read("gate").float())
 
-    def project(self, x: Tensor) -> Tensor:
+    def project_rows(self, x: Tensor) -> Tensor:
         """x [R, D] -> queries, keys and values [R, (heads + 2 kv_heads) * head_dim], not normalised or rotated yet."""
         return self.qkv(self.normed(x, self.attention_norm))
 

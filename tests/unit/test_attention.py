@@ -16,7 +16,7 @@ from moempi.model.cache import KVCache, pages_for
 from moempi.model.ops import Rotary, rms_norm, rotate
 
 LENGTHS = [1, 5, 63, 64, 65, 130, 200]
-HEADS = [(4, 4, 32), (8, 2, 20), (3, 1, 16), (6, 3, 10)]  # heads, key-value heads, head_dim
+HEADS = [(4, 4, 32), (8, 2, 20), (3, 1, 16), (6, 3, 10), (2, 1, 110)]  # heads, key-value heads, head_dim
 
 
 def draw(heads: int, kv: int, dim: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -164,8 +164,27 @@ def mixing(e: Elements) -> Callable[..., Any]:
     size, get_all = e.size, e.get_all
 
     @njit
+    def mix_four(weights, count, values, width, at, scale, mixed):
+        """`mixed` [64 lanes from `at`] = mixed * scale + sum of weight * value, key by key."""
+        a = multiply(load(mixed + 4 * at), scale)
+        b = multiply(load(mixed + 4 * at + 64), scale)
+        c = multiply(load(mixed + 4 * at + 128), scale)
+        d = multiply(load(mixed + 4 * at + 192), scale)
+        for j in range(count):
+            w = splat(read_float(weights + 4 * j))
+            v = values + size * (j * width + at)
+            a = fused(w, get_all(v), a)
+            b = fused(w, get_all(v + 16 * size), b)
+            c = fused(w, get_all(v + 32 * size), c)
+            d = fused(w, get_all(v + 48 * size), d)
+        store(mixed + 4 * at, a)
+        store(mixed + 4 * at + 64, b)
+        store(mixed + 4 * at + 128, c)
+        store(mixed + 4 * at + 192, d)
+
+    @njit
     def mix_two(weights, count, values, width, at, scale, mixed):
-        """`mixed` [16 or 32 lanes from `at`] = mixed * scale + sum of weight * value, key by key."""
+        """The same for 32 lanes, of what four times sixteen leave over."""
         a = multiply(load(mixed + 4 * at), scale)
         b = multiply(load(mixed + 4 * at + 64), scale)
         for j in range(count):
@@ -187,7 +206,10 @@ def mixing(e: Elements) -> Callable[..., Any]:
     @njit
     def mix(weights, count, values, width, scale, mixed):
         at = 0
-        while at + 32 <= width:
+        while at + 64 <= width:
+            mix_four(weights, count, values, width, at, scale, mixed)
+            at += 64
+        if at + 32 <= width:
             mix_two(weights, count, values, width, at, scale, mixed)
             at += 32
         if at < width:
