@@ -69,7 +69,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "qwen3moe_441m.json", help="config.json of the model")
+    parser.add_argument("--config", type=Path, default=HERE / "model-441m.json", help="config.json of the model")
     parser.add_argument("--runs", type=int, default=3, help="rounds; each measures every system once")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--cores", type=int, default=2, help="of this machine that everything runs on")
