@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moempi.device.cpu import Cpu
 from moempi.exchange.arrivals import Experts, SlotKey
-from moempi.exchange.engine import Channels, Engine, Limits
+from moempi.exchange.engine import SPIN, Channels, Engine, Limits
 from moempi.exchange.hops import Sizes, build_hops, row_bytes
 from moempi.exchange.relay import Relay
 from moempi.exchange.relay_plan import RELAYED, Ways
@@ -67,7 +67,12 @@ def build_rank(
         shape.dtype,
         config.d_model,
         layout.tags,
-        Limits(layout.arrival_budget, job.engine.stall_timeout, job.engine.slice),
+        Limits(
+            layout.arrival_budget,
+            job.engine.stall_timeout,
+            job.engine.slice,
+            SPIN if topology.cores >= device.threads else 0.0,
+        ),
         recorder,
     )
     relay = build_relay(topology, shape, tables, engine)

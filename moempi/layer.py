@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from moempi.batch import Step
+from moempi.device import cpu_rows
 from moempi.exchange.dispatch import Rows, combine, dispatch
 from moempi.exchange.engine import Engine
 from moempi.exchange.relay import Relay
 from moempi.exchange.tasks import PAUSE
-from moempi.model.attention import TILE, attend_tiles, untile
 from moempi.model.cache import KVCache
 from moempi.model.gate import Route
 from moempi.model.network import Layer, Network, greedy
@@ -74,24 +74,23 @@ class Forward:
     async def attend(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """Write this step's keys and values, then attend to all that the cache holds of each sequence."""
         plan, n = step.plan, step.n_tokens
-        cos, sin = self.network.rotary.at(plan.positions)
-        queries = x.new_empty(n, layer.config.n_heads, layer.config.head_dim, dtype=torch.float32)
-        tiles = queries.new_empty(len(plan.rows), layer.config.n_kv_heads, TILE, layer.config.head_dim)
+        c, rotary = layer.config, self.network.rotary
+        queries = torch.empty((n, c.n_heads, c.head_dim))
+        mixed = torch.empty((n, c.n_heads * c.head_dim), dtype=x.dtype)
         attended = torch.empty_like(x)
 
         def project(lo: int, hi: int) -> None:
-            queries[lo:hi], keys, values = layer.project(x[lo:hi], cos[lo:hi], sin[lo:hi])
-            self.cache.write(layer.number, plan.write_pages[lo:hi], plan.write_offsets[lo:hi], keys, values)
+            rows, tables = layer.project_rows(x[lo:hi]), (rotary.cos, rotary.sin)
+            cpu_rows.turn_heads(rows, layer.head_norm, tables, plan, lo, self.cache, layer.number, queries, c.norm_eps)
 
         def mix(lo: int, hi: int) -> None:
-            tiles[lo:hi] = attend_tiles(queries, self.cache, layer.number, plan, lo, hi)
+            cpu_rows.attend(queries, self.cache, layer.number, plan, lo, hi, mixed)
 
         def close(lo: int, hi: int) -> None:
             attended[lo:hi] = layer.close_attention(x[lo:hi], mixed[lo:hi])
 
         await self.sliced(PROJECT, layer.number, step, n, project)
-        await self.sliced(ATTEND, layer.number, step, len(plan.rows), mix)
-        mixed = untile(tiles, plan, n)  # [T, heads * head_dim]
+        await self.sliced(ATTEND, layer.number, step, n, mix)
         await self.sliced(PROJECT, layer.number, step, n, close)
         return attended
 

@@ -11,6 +11,7 @@ import torch
 
 from moempi import analysis, mpi
 from moempi.device.cpu import Cpu
+from moempi.device.kernels import ARITHMETIC
 from moempi.errors import DataError, JobError, MoempiError
 from moempi.exchange.nodes import Nodes
 from moempi.files.inputs import Prompts, check_prompts, read_inputs
@@ -200,6 +201,7 @@ def _identity(job: Job, found: Found, device: Cpu) -> dict[str, str]:
         "model.leaves": str(job.model.leaves),
         "device": device.name,
         "products": "packed" if device.packed else "tiled",
+        "kernels": str(ARITHMETIC),
         "torch": built["torch"],
         "processor_capability": built["processor_capability"],
         **identity_of(read_stamp(job.input.file)),

@@ -33,7 +33,12 @@ def fair_share(cores: Iterable[Iterable[int]], rank: int) -> int:
     Returns:
         Whole threads, at least 1; a core that m ranks may use counts 1/m.
     """
+    return max(1, int(share_of_cores(cores, rank)))
+
+
+def share_of_cores(cores: Iterable[Iterable[int]], rank: int) -> float:
+    """The cores that one rank of a node has if all its ranks take equal parts; under 1 where ranks share a core."""
     allowed = [frozenset(each) for each in cores]
     users = Counter(core for each in allowed for core in each)
     # Ranks with the same cores are the usual case; the small term keeps 3 x 1/3 from falling under 1.
-    return max(1, int(sum(1 / users[core] for core in allowed[rank]) + 1e-9))
+    return sum(1 / users[core] for core in allowed[rank]) + 1e-9

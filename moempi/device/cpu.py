@@ -3,19 +3,24 @@
 A result must not depend on the layout, so the bits of a row may depend neither on how many rows travel
 with it, nor on its place among them, nor on the number of threads. oneDNN products with packed weights
 have this property for two rows and more; `F.linear` has not. The operators are private to torch: only
-`_pack` and `_packed_product` here name them.
+`_pack` and `_packed_product` here name them. Where the weight is small a product of these libraries costs what its
+call costs, and the kernels of `cpu_rows` take its place; so they do for all that is not a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from moempi.device import cpu_rows
+from moempi.device.cpu_rows import SmallLinear, is_small
 from moempi.errors import MoempiError
+from moempi.model.attention import AttentionPlan, Span, plan_attention
+from moempi.model.gate import Route
 
 TILE_ROWS = 16  # rows of a tile, and the multiple that features are padded to, where products are not packed
 PACK_ROWS = 16  # the row count that oneDNN chooses its blocking for; part of the bits
@@ -36,11 +41,13 @@ class Linear:
         self.packed = packed
         self._weight = _pack(weight) if packed else _pad_features(weight)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[R, I] -> [R, O], in the weight's dtype, for any R including 0."""
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[R, I] -> [R, O], in the weight's dtype, for any R including 0; `residual` [R, O] is added to it."""
         if x.shape[0] == 0:
-            return x.new_empty(0, self.shape[0])
-        return self._packed_rows(x) if self.packed else self._tiled_rows(x)
+            return x.new_empty(0, self.shape[0], dtype=self.dtype)
+        x = x.to(self.dtype)
+        rows = self._packed_rows(x) if self.packed else self._tiled_rows(x)
+        return rows if residual is None else residual + rows
 
     def _packed_rows(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
@@ -102,9 +109,31 @@ class Cpu:
         self.packed = True
         torch.set_num_threads(threads)
 
-    def linear(self, weight: Tensor) -> Linear:
-        """A product with `weight` [O, I], of the kind that the self-test chose."""
+    def linear(self, weight: Tensor) -> Linear | SmallLinear:
+        """A product with `weight` [O, I]: the kernels' own where it is small, else of the kind that the test chose."""
+        if is_small(*weight.shape):
+            return SmallLinear(weight)
         return Linear(weight, packed=self.packed)
+
+    def has_small_experts(self, hidden: int, d_model: int) -> bool:
+        """Whether an expert of so many hidden units is one kernel (`SmallExpert`)."""
+        return is_small(2 * hidden, d_model)
+
+    def plan_attention(self, spans: Sequence[Span], group: int) -> AttentionPlan:
+        """Which pages the new positions of several sequences meet."""
+        return plan_attention(spans, group)
+
+    def normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """RMS norm of x [R, D], rounded to `dtype`."""
+        return cpu_rows.normed(x, weight, eps).to(dtype)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """[R, 2F], gate first -> [R, F]."""
+        return cpu_rows.swiglu(gate_up)
+
+    def choose_experts(self, logits: Tensor, top_k: int, normalize: bool) -> Route:
+        """The K best experts of logits [T, E] float32."""
+        return cpu_rows.choose_experts(logits, top_k, normalize)
 
     def choose_products(self, shapes: Iterable[tuple[int, int, torch.dtype]]) -> None:
         """Self-test: keep packed products if every shape (O, I, dtype) holds, else fall back, and test again.
@@ -112,12 +141,14 @@ class Cpu:
         Raises:
             MoempiError: neither kind of product keeps a row's bits on this machine.
         """
-        wanted = sorted(set(shapes), key=str)
-        if _all_hold(wanted, packed=True, threads=(1, 2)):
+        shapes = set(shapes)
+        small = sorted({shape for shape in shapes if is_small(*shape[:2])}, key=str)
+        large = sorted(shapes - set(small), key=str)
+        if _all_hold(large, "packed", threads=(1, 2)):
             torch.set_num_threads(self.threads)
-            return
-        self.fall_back()
-        if not _all_hold(wanted, packed=False, threads=(1,)):
+        else:
+            self.fall_back()
+        if not (_all_hold(small, "small", (1,)) and (self.packed or _all_hold(large, "tiled", threads=(1,)))):
             raise MoempiError(
                 "the self-test failed: on this processor and torch build a row's bits depend on its neighbours, "
                 "so exact mode cannot keep its promise; try another torch build"
@@ -129,25 +160,32 @@ class Cpu:
         torch.set_num_threads(1)
 
 
-def _all_hold(shapes: list[tuple[int, int, torch.dtype]], *, packed: bool, threads: tuple[int, ...]) -> bool:
+def _all_hold(shapes: list[tuple[int, int, torch.dtype]], kind: str, threads: tuple[int, ...]) -> bool:
     try:
-        return all(row_is_independent(shape, packed=packed, threads=threads) for shape in shapes)
+        return all(row_is_independent(shape, kind, threads) for shape in shapes)
     except (RuntimeError, AttributeError, NotImplementedError):
         return False  # the operators are not in this build of torch
 
 
 @lru_cache(maxsize=256)
-def row_is_independent(shape: tuple[int, int, torch.dtype], *, packed: bool, threads: tuple[int, ...]) -> bool:
-    """Whether one row keeps its bits over row counts, places and thread counts, for a weight [O, I] of a dtype."""
+def row_is_independent(shape: tuple[int, int, torch.dtype], kind: str, threads: tuple[int, ...]) -> bool:
+    """Whether one row keeps its bits over row counts, places and thread counts, for a weight [O, I] of a dtype.
+
+    Args:
+        kind: of product: "small" (the kernels' own), "packed" or "tiled".
+    """
     outputs, inputs, dtype = shape
     random = torch.Generator().manual_seed(outputs * 1000003 + inputs)
-    product = Linear(torch.randn(outputs, inputs, generator=random).to(dtype), packed=packed)
+    weight = torch.randn(outputs, inputs, generator=random).to(dtype)
+    product = SmallLinear(weight) if kind == "small" else Linear(weight, packed=kind == "packed")
     row = torch.randn(1, inputs, generator=random).to(dtype)
     expected = product(row)[0]
     return all(torch.equal(seen, expected) for seen in _sightings(product, row, random, threads))
 
 
-def _sightings(product: Linear, row: Tensor, random: torch.Generator, threads: tuple[int, ...]) -> Iterator[Tensor]:
+def _sightings(
+    product: Linear | SmallLinear, row: Tensor, random: torch.Generator, threads: tuple[int, ...]
+) -> Iterator[Tensor]:
     for count in threads:
         torch.set_num_threads(count)
         for rows in SELF_TEST_ROWS:

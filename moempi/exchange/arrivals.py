@@ -12,6 +12,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from moempi.device.cpu_rows import SmallExpert, run_experts
 from moempi.exchange.tasks import Future
 from moempi.model.expert import Expert
 
@@ -75,26 +76,56 @@ class Experts:
                 lo += rows
 
     def serve(self, most_rows: int) -> tuple[int, int, list[Arrival]]:
-        """One call of the expert that most rows wait for.
+        """One call of the expert that most rows wait for; small ones of its layer go together.
 
         Returns:
             Its layer, the rows computed, and the arrivals that are complete with them.
         """
         key = max(self._rows, key=self._rows.__getitem__)
+        small = self._slots[key].small
+        taken = self._compute(key, most_rows) if small is None else self._compute_layer(key[0], most_rows, small)
+        finished, rows = [], 0
+        for section in taken:
+            n = section.hi - section.lo
+            section.arrival.left -= n
+            rows += n
+            if section.arrival.left == 0:
+                finished.append(section.arrival)
+        self.rows_computed += rows
+        return key[0], rows, finished
+
+    def _compute(self, key: SlotKey, most_rows: int) -> list[_Section]:
+        """All arrivals of a slot as one product."""
         taken = self._take(key, most_rows)
         inputs = [section.arrival.rows[section.lo : section.hi] for section in taken]
-        outputs = self._slots[key](inputs[0] if len(inputs) == 1 else torch.cat(inputs))
-        finished, at = [], 0
+        outputs, at = self._slots[key](inputs[0] if len(inputs) == 1 else torch.cat(inputs)), 0
         for section in taken:
             n = section.hi - section.lo
             section.arrival.answer[section.lo : section.hi] = outputs[at : at + n]
-            section.arrival.left -= n
             at += n
-            if section.arrival.left == 0:
-                finished.append(section.arrival)
         self.calls += 1
-        self.rows_computed += at
-        return key[0], at, finished
+        return taken
+
+    def _compute_layer(self, layer: int, most_rows: int, shape: SmallExpert) -> list[_Section]:
+        """What waits for any slot of a layer, by one kernel that reads and writes rows where they lie."""
+        taken: list[_Section] = []
+        batches: list[list[int]] = []
+        for key in [key for key in self._rows if key[0] == layer]:
+            if most_rows <= 0:
+                break
+            expert = self._slots[key].small
+            assert expert is not None, "the experts of a layer are of one shape"
+            for section in self._take(key, most_rows):
+                arrival, n = section.arrival, section.hi - section.lo
+                rows = arrival.rows.data_ptr() + section.lo * arrival.rows.stride(0) * arrival.rows.itemsize
+                answer = arrival.answer.data_ptr() + section.lo * arrival.answer.stride(0) * arrival.answer.itemsize
+                batches.append([rows, answer, n, *expert.weights])
+                taken.append(section)
+                most_rows -= n
+            self.calls += 1
+        arrival = taken[0].arrival
+        run_experts(batches, shape, arrival.rows.dtype, arrival.answer.dtype)
+        return taken
 
     def _take(self, key: SlotKey, most_rows: int) -> list[_Section]:
         queue, taken, rows = self._queues[key], [], 0

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moempi.device import cpu_rows
 from moempi.exchange.engine import Engine
 from moempi.exchange.plan import DispatchPlan, cut_into_pieces, plan_dispatch
 from moempi.exchange.relay import Relay
@@ -39,18 +40,16 @@ class Rows:
         else:
             self.answers[torch.from_numpy(parcel.places)] = rows
 
-    def by_pair(self) -> Tensor:
-        """[T * K, D] in the model's dtype: the output of the expert of every (token, k)."""
+    def by_pair(self) -> tuple[Tensor, Tensor]:
+        """Outputs [T * K, D] of experts in the model's dtype, and which of them is that of every pair [T * K]."""
         if not self.table.cut:
-            pairs = torch.empty_like(self.answers)
-            pairs[torch.from_numpy(self.plan.pairs)] = self.answers
-            return pairs
+            return self.answers, torch.from_numpy(self.plan.places())
         pairs = self.answers.new_empty(self.plan.n_pairs, self.answers.shape[1], dtype=self.dtype)
         for slots in self.table.covers:
             lo, hi = self._range(slots[0])
             if hi > lo:
                 pairs[torch.from_numpy(self.plan.pairs[lo:hi])] = self._whole(slots).to(self.dtype)
-        return pairs
+        return pairs, torch.arange(len(pairs))
 
     def _range(self, slot: int) -> tuple[int, int]:
         return int(self.plan.slot_begin[slot]), int(self.plan.slot_begin[slot + 1])
@@ -103,12 +102,12 @@ def dispatch(
 def combine(x: Tensor, route: Route, rows: Rows) -> Tensor:
     """Residual x [T, D] plus the weighted outputs of each token's experts: k ascending, float32, rounded once.
 
-    In fast mode the sums of other nodes follow, by node.
+    In fast mode the sums of other nodes come first, by node.
     """
-    outputs = rows.by_pair().view(*route.experts.shape, -1)  # [T, K, D]
-    total = outputs[:, 0] * route.weights[:, :1]
-    for k in range(1, outputs.shape[1]):
-        total += outputs[:, k] * route.weights[:, k : k + 1]
+    answers, places = rows.by_pair()
+    if not rows.sums:
+        return cpu_rows.combine(x, route.weights, answers, places)
+    total = x.to(torch.float32, copy=True)
     for _, (tokens, sums) in sorted(rows.sums.items()):
         total[tokens] += sums
-    return (x + total).to(x.dtype)
+    return cpu_rows.combine(total, route.weights, answers.float(), places).to(x.dtype)

@@ -2,7 +2,8 @@
 
 Every turn takes arrivals, completes requests, resumes the coroutines that can go on and gives work to the
 experts. Nothing in it blocks: sends and receives complete through one `Testsome`, and a rank with nothing
-to do backs off, so that oversubscribed ranks leave the cores to those that have.
+to do backs off, so that oversubscribed ranks leave the cores to those that have; where a core is its own it looks
+longer before it sleeps, because waking takes longer than an answer.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ from moempi.stages import (
 )
 
 EMPTY_POLLS = 20  # before the first sleep
+SPIN = 2e-3  # seconds that a rank which has its cores to itself goes on looking before the first sleep
 SHORTEST_SLEEP = 50e-6
+SERVICE_INTERVAL = 1e-3  # seconds between two looks at control messages, which cost as much as those at rows
 LONGEST_SLEEP = 1e-3  # while answers are outstanding
 LONGEST_IDLE_SLEEP = 5e-3  # otherwise
 
@@ -58,11 +61,12 @@ class Channels:
 
 @dataclass(frozen=True)
 class Limits:
-    """What bounds an engine: bytes of the arrival budget, seconds of a stall and of a slice of computation."""
+    """What bounds an engine: bytes of the arrival budget, seconds of a stall, a slice of computation, spinning."""
 
     arrival_budget: int
     stall_timeout: float
     slice: float
+    spin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class Engine:
         self.arrivals = Account(limits.arrival_budget)
         self.slicer = Slicer(limits.slice)
         self.takers: list[Callable[[], bool]] = [self._take_arrivals]  # of messages; each says whether any had come
-        self.services: list[Callable[[], bool]] = []  # polled every turn; each says whether anything happened
+        self.services: list[Callable[[], bool]] = []  # polled now and then; each says whether anything happened
         self._channels, self._limits = channels, limits
         self._ready: deque[Task] = deque()
         self._living = 0
@@ -125,7 +129,8 @@ class Engine:
         )
         self._status = MPI.Status()
         self._clock, self._looked = 0.0, time.perf_counter()
-        self._empty_polls = 0
+        self._empty_polls, self._empty_since, self._sleeps = 0, 0.0, 0
+        self._services_due = 0.0
 
     # ------------------------------------------------------------ the loop
 
@@ -164,7 +169,7 @@ class Engine:
             self.serve()
             moved = True
         if moved:
-            self._empty_polls = 0
+            self._empty_polls = self._sleeps = 0
         else:
             self._rest()
 
@@ -173,6 +178,9 @@ class Engine:
         moved = False
         for take in (*self.takers, self.requests.test):
             moved = take() or moved
+        if self._looked < self._services_due:
+            return moved
+        self._services_due = self._looked + SERVICE_INTERVAL
         begin = time.perf_counter_ns()
         acted = [service() for service in self.services]
         if any(acted):
@@ -217,12 +225,14 @@ class Engine:
 
     def _rest(self) -> None:
         self._empty_polls += 1
-        if self._empty_polls <= EMPTY_POLLS:
+        if self._empty_polls == 1:
+            self._empty_since = self._looked
+        if self._empty_polls <= EMPTY_POLLS or self._looked - self._empty_since < self._limits.spin:
             os.sched_yield()
         else:
             longest = LONGEST_SLEEP if self._unanswered else LONGEST_IDLE_SLEEP
-            doublings = min(self._empty_polls - EMPTY_POLLS - 1, 10)
-            time.sleep(min(longest, SHORTEST_SLEEP * 2**doublings))
+            time.sleep(min(longest, SHORTEST_SLEEP * 2 ** min(self._sleeps, 10)))
+            self._sleeps += 1
         # The look at the network that found nothing is part of the rest.
         oldest = next(iter(self._unanswered.values()), None)
         if oldest is not None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from moempi.exchange.slots import LayerTable
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """Rows [lo, hi) of a dispatch, which go to one rank (or a piece of them)."""
 
     destination: int
@@ -33,6 +33,12 @@ class DispatchPlan:
     slot_begin: np.ndarray  # [S + 1] rows of slot s are slot_begin[s]:slot_begin[s + 1]
     n_pairs: int
 
+    def places(self) -> np.ndarray:
+        """int64 [T * K]: the row of every pair, where each has one."""
+        places = np.empty(self.n_pairs, dtype=np.int64)
+        places[self.pairs] = np.arange(self.n_pairs)
+        return places
+
 
 def plan_dispatch(covers: np.ndarray, table: LayerTable) -> DispatchPlan:
     """Sort the pairs of a microbatch by slot.
@@ -47,16 +53,14 @@ def plan_dispatch(covers: np.ndarray, table: LayerTable) -> DispatchPlan:
         by_slot, slot_counts = _repeat_for_slots(by_cover, counts, table)
     else:
         by_slot, slot_counts = by_cover, counts
-    slot_begin = np.concatenate([[0], np.cumsum(slot_counts)])
-    edges = slot_begin[table.rank_begin]
+    slot_begin = np.zeros(len(slot_counts) + 1, dtype=np.int64)
+    slot_counts.cumsum(out=slot_begin[1:])
+    # Lists: a loop over elements of an array costs several times as much.
+    edges, begin, per_slot = slot_begin[table.rank_begin].tolist(), table.rank_begin.tolist(), slot_counts.tolist()
     messages = tuple(
-        Message(
-            destination=int(rank),
-            lo=int(edges[rank]),
-            hi=int(edges[rank + 1]),
-            rows_per_slot=tuple(slot_counts[table.rank_begin[rank] : table.rank_begin[rank + 1]].tolist()),
-        )
-        for rank in np.flatnonzero(edges[1:] > edges[:-1])
+        Message(rank, edges[rank], edges[rank + 1], tuple(per_slot[begin[rank] : begin[rank + 1]]))
+        for rank in range(table.n_ranks)
+        if edges[rank + 1] > edges[rank]
     )
     return DispatchPlan(by_slot, messages, slot_begin, len(flat))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mpi4py import MPI
 
 from moempi.exchange.nodes import Nodes, numbered
-from moempi.threads import fair_share
+from moempi.threads import fair_share, share_of_cores
 
 ROUND_TRIPS = 20  # of which the shortest bounds the error of a clock
 
@@ -24,6 +24,7 @@ class Topology:
     nodes: Nodes
     hosts: tuple[str, ...]  # host name of every rank
     threads: int  # this rank's share of the cores of its node
+    cores: float  # the same before it is rounded: under 1 where ranks share a core
 
     def describe(self) -> list[dict[str, int | str]]:
         """Node and host of every rank."""
@@ -34,9 +35,11 @@ def look_around(world: MPI.Intracomm) -> Topology:
     """Find the nodes of a communicator. Collective."""
     node = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)
     first = node.bcast(world.rank, root=0)
-    threads = fair_share(node.allgather(os.sched_getaffinity(0)), node.rank)
+    allowed = node.allgather(os.sched_getaffinity(0))
+    threads, cores = fair_share(allowed, node.rank), share_of_cores(allowed, node.rank)
     node.Free()
-    return Topology(world, numbered(world.allgather(first)), tuple(world.allgather(platform.node())), threads)
+    hosts = tuple(world.allgather(platform.node()))
+    return Topology(world, numbered(world.allgather(first)), hosts, threads, cores)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moempi.device.cpu import Cpu
-from moempi.model.ops import swiglu
+from moempi.device.cpu_rows import SmallExpert
 
 Part = TypeVar("Part")
 
@@ -48,14 +48,24 @@ class Expert:
 
     def __init__(self, device: Cpu, gate_up: Tensor, down: Tensor, lo: int, hi: int, leaves: int, hidden: int):
         self.lo, self.hi, self.leaves = lo, hi, leaves
-        self.dtype = gate_up.dtype
+        self.dtype, self._swiglu = gate_up.dtype, device.swiglu
         begin = leaf_range(lo, leaves, hidden)[0]
         bounds = [leaf_range(leaf, leaves, hidden) for leaf in range(lo, hi)]
         parts = [slice(a - begin, b - begin) for a, b in bounds]
         gate, up = gate_up.chunk(2)
-        outward = down if leaves == 1 else down.float()
-        self._gate_up = [device.linear(torch.cat([gate[part], up[part]])) for part in parts]
-        self._down = [device.linear(outward[:, part]) for part in parts]
+        self._small: list[SmallExpert] = []
+        # The largest leaf decides for all, so that it does not matter which of them a slot holds.
+        if device.has_small_experts(-(-hidden // leaves), gate.shape[1]):
+            self._small = [SmallExpert(gate[part], up[part], down[:, part]) for part in parts]
+        else:
+            outward = down if leaves == 1 else down.float()
+            self._gate_up = [device.linear(torch.cat([gate[part], up[part]])) for part in parts]
+            self._down = [device.linear(outward[:, part]) for part in parts]
+
+    @property
+    def small(self) -> SmallExpert | None:
+        """The whole expert as one kernel, where it is that."""
+        return self._small[0] if self._small and self.leaves == 1 else None
 
     @property
     def whole(self) -> bool:
@@ -65,10 +75,12 @@ class Expert:
     def __call__(self, x: Tensor) -> Tensor:
         """[R, D] -> [R, D]: in the model's dtype for a whole expert, a float32 partial sum for a part."""
         if self.leaves == 1:
-            return self._down[0](swiglu(self._gate_up[0](x)))
-        partial = tree_sum(lambda lo, hi: self._leaf(lo, x) if hi - lo == 1 else None, self.lo, self.hi)
+            return self._leaf(0, x, self.dtype)
+        partial = tree_sum(lambda lo, hi: self._leaf(lo, x, torch.float32) if hi - lo == 1 else None, self.lo, self.hi)
         return partial.to(self.dtype) if self.whole else partial
 
-    def _leaf(self, leaf: int, x: Tensor) -> Tensor:
-        hidden = swiglu(self._gate_up[leaf - self.lo](x))
-        return self._down[leaf - self.lo](hidden.float())
+    def _leaf(self, leaf: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+        number = leaf - self.lo
+        if self._small:
+            return self._small[number](x, dtype)
+        return self._down[number](self._swiglu(self._gate_up[number](x)))

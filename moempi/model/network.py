@@ -12,8 +12,8 @@ from moempi.device.cpu import Cpu
 from moempi.errors import MoempiError
 from moempi.model.config import ModelConfig
 from moempi.model.expert import leaf_range
-from moempi.model.gate import Route, choose_experts
-from moempi.model.ops import Rotary, rms_norm, rotate, swiglu
+from moempi.model.gate import Route
+from moempi.model.ops import Rotary
 
 Read = Callable[[str], Tensor]  # a tensor of the weights file by name, in its stored dtype
 
@@ -27,7 +27,7 @@ class Layer:
     """
 
     def __init__(self, number: int, config: ModelConfig, device: Cpu, read: Read, *, dense: bool):
-        self.number, self.config, self.dense = number, config, dense
+        self.number, self.config, self.dense, self.device = number, config, dense, device
         self.qkv = device.linear(torch.cat([read("q"), read("k"), read("v")]))
         self.output = device.linear(read("o"))
         norms = [read("q_norm").expand(config.n_heads, -1), read("k_norm").expand(config.n_kv_heads, -1)]
@@ -39,29 +39,25 @@ class Layer:
         else:
             self.gate = device.linear(read("gate").float())
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [R, D] -> queries [R, heads, head_dim] and keys, values [R, kv_heads, head_dim], float32."""
-        c = self.config
-        rows = self.qkv(self.normed(x, self.attention_norm)).float().view(len(x), -1, c.head_dim)
-        both, values = rows.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
-        both = rotate(rms_norm(both, self.head_norm, c.norm_eps), cos, sin)
-        return both[:, : c.n_heads], both[:, c.n_heads :], values
+    def project_rows(self, x: Tensor) -> Tensor:
+        """x [R, D] -> queries, keys and values [R, (heads + 2 kv_heads) * head_dim], not normalised or rotated yet."""
+        return self.qkv(self.normed(x, self.attention_norm))
 
     def close_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """Residual x [R, D] plus the output projection of mixed values [R, heads * head_dim] float32."""
-        return x + self.output(mixed.to(self.dtype))
+        """Residual x [R, D] plus the output projection of mixed values [R, heads * head_dim]."""
+        return self.output(mixed, x)
 
     def dense_mlp(self, x: Tensor) -> Tensor:
         """Residual x [R, D] plus the dense feed-forward network."""
-        return x + self.down(swiglu(self.gate_up(self.normed(x, self.mlp_norm))))
+        return self.down(self.device.swiglu(self.gate_up(self.normed(x, self.mlp_norm))), x)
 
     def route(self, hidden: Tensor) -> Route:
         """The experts of normalised rows [R, D]."""
-        return choose_experts(self.gate(hidden.float()), self.config.top_k, self.config.normalize_gate)
+        return self.device.choose_experts(self.gate(hidden), self.config.top_k, self.config.normalize_gate)
 
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMS norm of x [R, D], rounded to the model's dtype."""
-        return rms_norm(x, weight, self.config.norm_eps).to(self.dtype)
+        return self.device.normed(x, weight, self.config.norm_eps, self.dtype)
 
 
 class Network:
@@ -73,7 +69,7 @@ class Network:
     """
 
     def __init__(self, config: ModelConfig, device: Cpu, read: Read, dtype: torch.dtype):
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype, self.device = config, dtype, device
         self.embedding = read("embedding").to(dtype)
         self.norm = read("norm").float()
         self.head = device.linear(self.embedding if config.tied_embeddings else read("head").to(dtype))
@@ -93,7 +89,7 @@ class Network:
 
     def logits(self, x: Tensor) -> Tensor:
         """Rows [R, D] -> next-token scores [R, vocab] float32."""
-        return self.head(rms_norm(x, self.norm, self.config.norm_eps).to(self.dtype)).float()
+        return self.head(self.device.normed(x, self.norm, self.config.norm_eps, self.dtype)).float()
 
 
 def product_shapes(config: ModelConfig, dtype: torch.dtype, leaves: int) -> list[tuple[int, int, torch.dtype]]:

@@ -34,12 +34,12 @@ class Rotary:
     def __init__(self, head_dim: int, positions: int, theta: float):
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         angles = torch.outer(torch.arange(positions).float(), 1.0 / theta**exponents)
-        self._cos = torch.cat([angles.cos(), angles.cos()], dim=-1)  # [positions, head_dim]
-        self._sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)
+        self.cos = torch.cat([angles.cos(), angles.cos()], dim=-1)  # [positions, head_dim]
+        self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [T, 1, head_dim] of positions [T]."""
-        return self._cos[positions].unsqueeze(1), self._sin[positions].unsqueeze(1)
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moempi.device import cpu
+from moempi.device import cpu, cpu_rows
 from moempi.device.cpu import Cpu, Linear, padded_rows, row_is_independent
+from moempi.device.cpu_rows import SmallLinear, is_small
 from moempi.errors import MoempiError
 
 SHAPES = [(5, 7), (16, 128), (1, 1), (33, 17), (128, 64)]  # outputs, inputs
@@ -27,19 +28,26 @@ def _fresh() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.fixture
+def no_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product is a library's."""
+    monkeypatch.setattr(cpu_rows, "SMALL", 0)
+
+
+@pytest.mark.parametrize("kind", ["small", "packed", "tiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("outputs,inputs", SHAPES)
-def test_products_of_a_row_see_only_that_row(outputs: int, inputs: int, dtype: torch.dtype, packed: bool) -> None:
-    if packed and not packs(dtype):
+def test_products_of_a_row_see_only_that_row(outputs: int, inputs: int, dtype: torch.dtype, kind: str) -> None:
+    if kind == "packed" and not packs(dtype):
         pytest.skip(f"this processor has no packed products of {dtype}; tiled ones take their place, and are tested")
     random = torch.Generator().manual_seed(outputs)
     weight = torch.randn(outputs, inputs, generator=random).to(dtype)
-    product, row = Linear(weight, packed=packed), torch.randn(inputs, generator=random).to(dtype)
+    product = SmallLinear(weight) if kind == "small" else Linear(weight, packed=kind == "packed")
+    row = torch.randn(inputs, generator=random).to(dtype)
     expected = product(row.unsqueeze(0))[0]
     exact = row.double() @ weight.double().T
     assert torch.allclose(expected.double(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2)
-    for threads in (1, 2) if packed else (1,):
+    for threads in (1, 2) if kind == "packed" else (1,):
         torch.set_num_threads(threads)
         for n in (2, 3, 4, 7, 9, 16, 31, 64, 129):
             for place in (0, n // 2, n - 1):
@@ -58,7 +66,21 @@ def test_rows_are_padded_to_a_few_counts() -> None:
     assert len({padded_rows(rows) for rows in range(1, 257)}) == 19
 
 
-def test_packed_products_are_chosen_where_they_hold() -> None:
+def test_the_weight_alone_decides_who_multiplies() -> None:
+    device = Cpu(1)
+    assert isinstance(device.linear(torch.zeros(1024, 128)), SmallLinear)
+    assert isinstance(device.linear(torch.zeros(1025, 128)), Linear)
+    assert is_small(2, 2**16) and not is_small(3, 2**16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_product_adds_to_the_residual_before_it_rounds(dtype: torch.dtype) -> None:
+    x, weight, residual = (torch.randn(*shape).to(dtype) for shape in ((5, 20), (33, 20), (5, 33)))
+    expected = (residual.double() + x.double() @ weight.double().T).to(dtype)
+    assert torch.allclose(SmallLinear(weight)(x, residual).float(), expected.float(), rtol=1e-2, atol=1e-5)
+
+
+def test_packed_products_are_chosen_where_they_hold(no_small_ones: None) -> None:
     device = Cpu(1)
     device.choose_products([(5, 7, torch.float32)])
     assert device.packed
@@ -67,7 +89,9 @@ def test_packed_products_are_chosen_where_they_hold() -> None:
 
 
 @pytest.mark.parametrize("fault", ["missing", "dependent"])
-def test_tiles_on_one_thread_where_packed_products_fail(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_tiles_on_one_thread_where_packed_products_fail(
+    no_small_ones: None, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     def missing(weight: torch.Tensor) -> torch.Tensor:
         raise AttributeError("no such operator")
 
@@ -86,6 +110,6 @@ def test_tiles_on_one_thread_where_packed_products_fail(monkeypatch: pytest.Monk
 
 
 def test_no_exact_mode_where_both_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "row_is_independent", lambda shape, packed, threads: False)
+    monkeypatch.setattr(cpu, "row_is_independent", lambda shape, kind, threads: False)
     with pytest.raises(MoempiError, match="self-test failed"):
         Cpu(1).choose_products([(5, 7, torch.float32)])

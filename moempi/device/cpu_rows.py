@@ -1,0 +1,230 @@
+"""The CPU's kernels on tensors: what they do to addresses, with the memory it needs.
+
+A row is what a token is at a place in the network; tensors are contiguous. Nothing here is split among threads: the
+bits of a row depend on the row alone, and on nothing of how a call was made.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moempi.device.kernels.compiled import Kernels, kernels
+from moempi.model.attention import AttentionPlan
+from moempi.model.cache import KVCache
+from moempi.model.gate import Route
+
+LANES = 16
+BLOCK = 4  # rows that a kernel takes at a time
+SMALL = 2**17  # weights of a product, up to which it is the kernels' own: larger ones are bound by reading them
+
+
+def kernels_for(dtype: torch.dtype) -> Kernels:
+    """The kernels for rows of float32 or bfloat16."""
+    return kernels(dtype == torch.bfloat16)
+
+
+def is_small(outputs: int, inputs: int) -> bool:
+    """Whether a product with a weight [O, I] is the kernels' own. The weight's shape alone decides, never the rows."""
+    return outputs * inputs <= SMALL
+
+
+_scratch = torch.empty(0, dtype=torch.float32)
+
+
+def scratch(floats: int) -> int:
+    """Address of memory for so many float32, valid until the next call."""
+    global _scratch
+    if _scratch.numel() < floats:
+        _scratch = torch.empty(2 * floats)
+    return _scratch.data_ptr()
+
+
+def padded(n: int) -> int:
+    """The next multiple of sixteen."""
+    return -(-n // LANES) * LANES
+
+
+def pack_panels(weight: Tensor) -> Tensor:
+    """[O, I] -> [O / 16, I, 16], zero padded: sixteen outputs lie together for every input."""
+    outputs, inputs = weight.shape
+    wide = weight.new_zeros(padded(outputs), inputs)
+    wide[:outputs] = weight
+    return wide.view(-1, LANES, inputs).transpose(1, 2).contiguous()
+
+
+class SmallLinear:
+    """`y = x @ weight.T` in float32, rounded once, for weights that fit a core's cache.
+
+    Args:
+        weight: [O, I], float32 or bfloat16; packed, so that the caller can drop it.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.shape, self.dtype = (weight.shape[0], weight.shape[1]), weight.dtype
+        self._panels = pack_panels(weight)
+        self._weight = self._panels.data_ptr()
+        self._scratch = BLOCK * (self.shape[1] + padded(self.shape[0]))
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[R, I] -> [R, O] in the weight's dtype; `residual` [R, O] of that dtype is added before it is rounded."""
+        x = x.to(self.dtype)
+        n, (outputs, inputs) = x.shape[0], self.shape
+        out = torch.empty((n, outputs), dtype=self.dtype)
+        kernels_for(self.dtype).product(
+            x.data_ptr(),
+            n,
+            inputs,
+            self._weight,
+            outputs,
+            out.data_ptr(),
+            0 if residual is None else residual.data_ptr(),
+            scratch(self._scratch),
+        )
+        return out
+
+
+class SmallExpert:
+    """The packed matrices of an expert, or of one of its leaves, that is small as a whole.
+
+    Args:
+        gate, up: [F, D].
+        down: [D, F].
+    """
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor):
+        self.hidden, self.d_model = gate.shape
+        self._panels = [pack_panels(part) for part in (gate, up, down)]
+        self.weights = [part.data_ptr() for part in self._panels]
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[R, D] -> [R, D] of `dtype`: that of x, or float32."""
+        out = torch.empty(x.shape, dtype=dtype)
+        run_experts([[x.data_ptr(), out.data_ptr(), len(x), *self.weights]], self, x.dtype, dtype)
+        return out
+
+
+def run_experts(batches: list[list[int]], shape: SmallExpert, dtype: torch.dtype, out: torch.dtype) -> None:
+    """Several experts of one shape, each on its own rows.
+
+    Args:
+        batches: addresses of rows and answers, number of rows, addresses of the expert's three matrices.
+        dtype, out: of rows and of answers.
+    """
+    table = torch.tensor(batches, dtype=torch.int64)
+    room = BLOCK * (2 * padded(shape.d_model) + 2 * padded(shape.hidden))
+    kernels_for(dtype).experts(
+        table.data_ptr(), len(batches), shape.d_model, shape.hidden, out == torch.float32, scratch(room)
+    )
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm of x [R, D] with a float32 weight, rounded to x's dtype (Zhang and Sennrich, 2019)."""
+    out = torch.empty_like(x)
+    n, d = x.shape
+    kernels_for(x.dtype).norm(x.data_ptr(), n, d, weight.data_ptr(), eps, out.data_ptr())
+    return out
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[R, 2F], gate first -> silu(gate) * up [R, F] in the same dtype (Shazeer, 2020)."""
+    n, hidden = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((n, hidden), dtype=gate_up.dtype)
+    kernels_for(gate_up.dtype).swiglu(gate_up.data_ptr(), n, hidden, out.data_ptr())
+    return out
+
+
+def turn_heads(
+    rows: Tensor,
+    norm: Tensor,
+    tables: tuple[Tensor, Tensor],
+    plan: AttentionPlan,
+    lo: int,
+    cache: KVCache,
+    layer: int,
+    queries: Tensor,
+    eps: float,
+) -> None:
+    """Normalise and rotate queries and keys of the rows from `lo` on; keys and values go into the cache.
+
+    Args:
+        rows: [R, (heads + 2 kv_heads) * head_dim], the projections of one slice.
+        norm: float32 [heads + kv_heads, head_dim].
+        tables: cosines and signed sines float32 [positions, head_dim].
+        queries: float32 [T, heads, head_dim]; rows from `lo` on are written, scaled by head_dim ** -0.5.
+    """
+    _, kv, width, _ = cache.keys[layer].shape
+    heads, dim = queries.shape[1:]
+    kernels_for(rows.dtype).turn_heads(
+        rows.data_ptr(),
+        len(rows),
+        heads,
+        kv,
+        dim,
+        norm.data_ptr(),
+        plan.positions.data_ptr() + 8 * lo,
+        tables[0].data_ptr(),
+        tables[1].data_ptr(),
+        plan.write_pages.data_ptr() + 8 * lo,
+        plan.write_offsets.data_ptr() + 8 * lo,
+        cache.keys[layer].data_ptr(),
+        cache.values[layer].data_ptr(),
+        width,
+        queries[lo:].data_ptr(),
+        scratch(2 * dim + LANES),
+        eps,
+        dim**-0.5,
+    )
+
+
+def attend(queries: Tensor, cache: KVCache, layer: int, plan: AttentionPlan, lo: int, hi: int, out: Tensor) -> None:
+    """Attention of rows [lo, hi) of a plan; keys and values of the batch must be in the cache already.
+
+    Args:
+        queries: float32 [T, heads, head_dim], scaled.
+        out: [T, heads * head_dim] of the cache's dtype; rows lo to hi are written.
+    """
+    _, kv, width, page = cache.keys[layer].shape
+    heads, dim = queries.shape[1:]
+    kernels_for(out.dtype).attend(
+        queries[lo:].data_ptr(),
+        hi - lo,
+        heads,
+        kv,
+        dim,
+        plan.positions.data_ptr() + 8 * lo,
+        plan.lines.data_ptr() + 8 * lo,
+        plan.pages.data_ptr(),
+        plan.pages.shape[1],
+        cache.keys[layer].data_ptr(),
+        cache.values[layer].data_ptr(),
+        width,
+        out[lo:].data_ptr(),
+        scratch(page + width + LANES),
+    )
+
+
+def choose_experts(logits: Tensor, top_k: int, normalize: bool) -> Route:
+    """Softmax over all experts, then the K best; equal scores go to the lowest index. logits: [T, E] float32."""
+    n, count = logits.shape
+    experts, weights = torch.empty((n, top_k), dtype=torch.int64), torch.empty((n, top_k))
+    kernels_for(logits.dtype).choose_experts(
+        logits.data_ptr(), n, count, top_k, normalize, experts.data_ptr(), weights.data_ptr(), scratch(count + LANES)
+    )
+    return Route(experts, weights)
+
+
+def combine(x: Tensor, weights: Tensor, answers: Tensor, places: Tensor) -> Tensor:
+    """Residual x [T, D] plus the weighted answers of every token's pairs, k ascending, rounded once.
+
+    Args:
+        weights: float32 [T, K].
+        answers: [T * K, D] of x's dtype.
+        places: int64 [T * K], the answer of every pair.
+    """
+    out = torch.empty_like(x)
+    (n, d), k = x.shape, weights.shape[1]
+    kernels_for(x.dtype).combine(
+        x.data_ptr(), n, d, k, answers.data_ptr(), places.data_ptr(), weights.data_ptr(), out.data_ptr()
+    )
+    return out
