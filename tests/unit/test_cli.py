@@ -134,4 +134,4 @@ def test_a_shell_gets_verbs_and_options_of_a_job() -> None:
         return [one.partition(",")[2] for one in done.stdout.splitlines()]
 
     assert answers("moempi tr") == ["trace"]
-    assert answers("moempi run job.toml --set exchange.l") == ["exchange.lockstep="]
+    assert answers("moempi run job.toml --set exchange.lo") == ["exchange.lockstep="]
