@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from moempi.model.attention import AttentionPlan, Span, plan_attention
+from moempi.model.attention import Span, plan_attention
 from moempi.stages import DECODE, PREFILL, StepKey
 
 
@@ -46,7 +48,7 @@ class Step:
     chunks: tuple[int, ...]  # tokens of each sequence
     tokens: Tensor  # [T] int64
     owners: Tensor  # [T] int64, row of the input that each token belongs to
-    plan: AttentionPlan
+    plan: Any  # AttentionPlan, or TilePlan on a GPU
     last: Tensor  # rows whose next token is wanted
     choosing: tuple[Sequence, ...]  # the sequences of those rows
 
@@ -79,8 +81,19 @@ def chunk_sizes(uncached: Many[int], budget: int) -> list[int]:
     return chunks
 
 
-def compose(microbatch: int, number: int, sequences: Many[Sequence], budget: int, group: int) -> Step:
-    """The next step of a microbatch's sequences, which are all unfinished; none of them may be empty of work."""
+def compose(
+    microbatch: int,
+    number: int,
+    sequences: Many[Sequence],
+    budget: int,
+    group: int,
+    plan: Callable[[Many[Span], int], Any] = plan_attention,
+) -> Step:
+    """The next step of a microbatch's sequences, which are all unfinished; none of them may be empty of work.
+
+    Args:
+        plan: the device's plan of attention.
+    """
     chunks = chunk_sizes([len(s.tokens) - s.cached for s in sequences], budget)
     taking = [(s, n) for s, n in zip(sequences, chunks, strict=True) if n]
     tokens = [token for s, n in taking for token in s.tokens[s.cached : s.cached + n]]
@@ -96,7 +109,7 @@ def compose(microbatch: int, number: int, sequences: Many[Sequence], budget: int
         chunks=tuple(n for _, n in taking),
         tokens=torch.tensor(tokens, dtype=torch.int64),
         owners=torch.tensor([s.index for s, n in taking for _ in range(n)], dtype=torch.int64),
-        plan=plan_attention([Span(s.cached, s.cached + n, s.pages) for s, n in taking], group),
+        plan=plan([Span(s.cached, s.cached + n, s.pages) for s, n in taking], group),
         last=torch.tensor([row for row, _ in ends], dtype=torch.int64),
         choosing=tuple(s for _, s in ends),
     )

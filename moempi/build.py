@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moempi.device.cpu import Cpu
+from moempi.device.seam import Device
 from moempi.exchange.arrivals import Experts, SlotKey
 from moempi.exchange.engine import SPIN, Channels, Engine, Limits
 from moempi.exchange.hops import Sizes, build_hops, row_bytes
@@ -36,6 +37,8 @@ class Rank:
     control: Control
     forward: Forward
     relay: Relay | None
+    device: Device
+    messages: str = ""  # on a GPU: how rows travel, and why so
 
     def free(self) -> None:
         """Give the communicators back. Collective."""
@@ -88,7 +91,7 @@ def build_rank(
         tell=lambda message: control.send(0, message),
     )
     forward = Forward(network, engine, relay, cache, layout.piece_rows, job.exchange.lockstep)
-    return Rank(engine, home, control, forward, relay)
+    return Rank(engine, home, control, forward, relay, device)
 
 
 def build_relay(
@@ -107,7 +110,7 @@ def build_relay(
 
 
 def load_slots(
-    weights: Weights, tables: dict[int, LayerTable], rank: int, device: Cpu, dtype: torch.dtype, leaves: int
+    weights: Weights, tables: dict[int, LayerTable], rank: int, device: Device, dtype: torch.dtype, leaves: int
 ) -> dict[SlotKey, Expert]:
     """The experts, or parts of them, that a rank holds; nothing else of the experts is read."""
     hidden = weights.config.expert_hidden

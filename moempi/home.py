@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as Many
+from typing import Any
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from moempi.batch import Sequence, Step, compose
 from moempi.exchange.engine import Engine
 from moempi.exchange.tasks import Future
 from moempi.files.completions import Completion
+from moempi.model.attention import Span, plan_attention
 from moempi.model.cache import KVCache
 from moempi.router.messages import Assignment, Done, Drain, Drained, End, ToHome, ToRouter, Want, Work
 
@@ -28,6 +31,7 @@ class Home:
         group: query heads per key-value head.
         eos_tokens: tokens that end a sequence; empty to ignore them.
         tell: sends a message to the router.
+        plan: the device's plan of attention.
     """
 
     def __init__(
@@ -41,10 +45,11 @@ class Home:
         group: int,
         eos_tokens: tuple[int, ...],
         tell: Callable[[ToRouter], None],
+        plan: Callable[[Many[Span], int], Any] = plan_attention,
     ):
         self.engine, self.cache = engine, cache
         self.capacity, self.budget, self.group = capacity, budget, group
-        self.eos_tokens, self.tell = frozenset(eos_tokens), tell
+        self.eos_tokens, self.tell, self._plan = frozenset(eos_tokens), tell, plan
         self.resident: list[list[Sequence]] = [[] for _ in range(n_microbatches)]
         self.steps = self.new_tokens = 0
         self.ended = self.draining = False
@@ -92,7 +97,7 @@ class Home:
         if not sequences:
             return None
         self.steps += 1
-        step = compose(microbatch, self.steps, sequences, self.budget, self.group)
+        step = compose(microbatch, self.steps, sequences, self.budget, self.group, self._plan)
         self._ask_ahead()
         return step
 

@@ -103,6 +103,10 @@ class RunOptions(Section):
     microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = option(
         "auto", "microbatches in flight on every rank; auto: 2 where expert calls are large enough, else 1"
     )
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto", "what the ranks compute on; auto: a GPU each where torch sees any, else the CPU"
+    )
+    share_gpus: bool = option(False, "let several ranks of a node take turns on a GPU, for trials")
     threads: Literal["auto"] | Annotated[int, Field(ge=1)] = option(
         "auto", "threads per rank; auto divides the node's cores among its ranks"
     )
@@ -149,6 +153,11 @@ class ExchangeOptions(Section):
     )
     piece_bytes: Annotated[int, BeforeValidator(parse_bytes), Field(ge=1, lt=2**31)] = option(
         256 * 2**20, "larger messages are sent in pieces", "bytes"
+    )
+    gpu_aware: Literal["auto", "on", "off"] = option(
+        "auto",
+        "on: MPI gets the memory of GPUs; off: rows pass through pinned memory of the host; auto: on where bytes that "
+        "are sent between GPUs before the job arrive",
     )
 
 

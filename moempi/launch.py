@@ -66,7 +66,7 @@ def launch(
         JobError: there is no mpirun, or it does not start.
     """
     starter = find_mpirun(mpirun, os.environ)
-    options = mpirun_options(_version(starter), n_ranks, os.environ, starter[1:])
+    options = mpirun_options(version(starter), n_ranks, os.environ, starter[1:])
     line = [*starter, *options, "-n", str(n_ranks), *command]
     with _trap() as received:
         if drain is not None and drain.requested:
@@ -103,7 +103,12 @@ def find_mpirun(asked: str | None, environ: Mapping[str, str]) -> list[str]:
     return [found]
 
 
-def _version(starter: list[str]) -> str:
+def version(starter: list[str]) -> str:
+    """What an mpirun prints of itself.
+
+    Raises:
+        JobError: it does not run.
+    """
     try:
         done = subprocess.run([starter[0], "--version"], capture_output=True, text=True, timeout=30, errors="replace")
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -30,6 +30,7 @@ class Layout:
     """The decisions that a job file leaves open, made."""
 
     n_ranks: int
+    device: str  # "cpu" or "cuda"
     dtype: str  # "float32" or "bfloat16"
     placement: Placement
     homes: tuple[int, ...]
@@ -62,6 +63,7 @@ def lay_out(
     new_tokens: Sequence[int] = (),
     nodes: Nodes | None = None,
     links: Links | None = None,
+    device: str = "cpu",
 ) -> Layout:
     """Decide the layout of a job.
 
@@ -72,6 +74,7 @@ def lay_out(
         new_tokens: of every sequence, for the choice of a route.
         nodes: that the ranks are on; None: all on one. What the job pretends comes before both.
         links: measured, for `exchange.route = "auto"`.
+        device: "cpu" or "cuda".
 
     Raises:
         FitError: it does not fit the ranks or `memory.limit`, with numbers on both sides.
@@ -91,21 +94,22 @@ def lay_out(
         "microbatches": n_microbatches,
         "arrival_budget": budget,
     }
-    nodes = _nodes(job, n_ranks, nodes)
+    packed, nodes = device == "cpu", _nodes(job, n_ranks, nodes)
     relay_budget = memory.relay_budget(job.exchange.relay_budget, config, nbytes, step_tokens)
     # The placement needs a memory plan, and auto needs the placement: what it may choose is planned with.
     costliest = "leader" if job.exchange.route == "auto" and links is not None else job.exchange.route
     relays = _relays(costliest, nodes, relay_budget)
-    placement = _placement(job, config, n_ranks, nbytes, load, sizes, relays)
+    placement = _placement(job, config, n_ranks, nbytes, load, sizes, relays, packed)
     steps = steps_of_a_home(positions, new_tokens, len(homes), max(1, held // n_microbatches), step_tokens)
-    route = _route(job, config, nbytes, placement, nodes, steps, links)
+    route = _route(job, config, nbytes, placement, nodes, steps, links, device)
     relays = _relays(route.name, nodes, relay_budget)
-    plans = memory.plan_memory(config, nbytes, placement, homes=homes, packed_head=True, relays=relays, **sizes)
+    plans = memory.plan_memory(config, nbytes, placement, homes=homes, packed_head=packed, relays=relays, **sizes)
     memory.check_limit(plans, job.memory.limit)
     # Answers of cut experts are float32, whatever the model's dtype.
     pieces, rows = message_pieces(step_tokens * config.top_k, 4 * config.d_model, job.exchange.piece_bytes)
     return Layout(
         n_ranks=n_ranks,
+        device=device,
         dtype=dtype,
         placement=placement,
         homes=tuple(homes),
@@ -142,6 +146,7 @@ def _route(
     nodes: Nodes,
     steps: tuple[tuple[float, float], ...],
     links: Links | None,
+    device: str,
 ) -> Route:
     """The route of a job; a fast mode in which it would change nothing is refused.
 
@@ -156,7 +161,14 @@ def _route(
         answered=row * (4 if cut else nbytes),
         summed=4 * row if job.model.mode == "fast" else 0,
     )
-    route = choose_route(job.exchange.route, nodes, layer_tables(placement), work, links)
+    wanted = job.exchange.route
+    if device == "cuda":
+        if wanted in RELAYED:
+            raise JobError(f"exchange.route = {wanted!r} is for the CPU; on GPUs rows go straight: use 'direct'")
+        wanted = "direct"
+    route = choose_route(wanted, nodes, layer_tables(placement), work, links)
+    if device == "cuda":
+        return route
     if job.model.mode == "fast" and route.name not in RELAYED:
         raise JobError(
             "model.mode = 'fast' on the CPU is what relays do: it needs exchange.route = 'leader' or 'rail' and "
@@ -213,6 +225,7 @@ def _placement(
     load: np.ndarray | None,
     sizes: dict[str, int],
     relays: dict[int, int] | None,
+    packed: bool,
 ) -> Placement:
     options, leaves = job.placement, job.model.leaves
     if options.strategy == "file":
@@ -221,5 +234,5 @@ def _placement(
         fits(placement, config, n_ranks, leaves, options.file)
         check_strict(placement, options)
         return placement
-    limit = memory.slots_within(job.memory.limit, config, nbytes, packed_head=True, relays=relays, **sizes)
+    limit = memory.slots_within(job.memory.limit, config, nbytes, packed_head=packed, relays=relays, **sizes)
     return place(config, n_ranks, options, leaves, load, limit)

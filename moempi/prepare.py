@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import torch
 from moempi import analysis, mpi
 from moempi.device.cpu import Cpu
 from moempi.device.kernels import ARITHMETIC
+from moempi.device.seam import Device
 from moempi.errors import DataError, JobError, MoempiError
 from moempi.exchange.nodes import Nodes
 from moempi.files.inputs import Prompts, check_prompts, read_inputs
@@ -88,7 +90,8 @@ def look(job: Job, n_ranks: int, nodes: Nodes | None = None, *, verify: bool = F
     dtype = job.model.dtype if job.model.dtype != "auto" else str(stored).removeprefix("torch.")
     load, links = _measured_load(job, config), _measured_links(job)
     layout = lay_out(
-        job, config, dtype, n_ranks, positions, load, new_tokens=new_tokens, nodes=nodes, links=links
+        job, config, dtype, n_ranks, positions, load, new_tokens=new_tokens, nodes=nodes, links=links,
+        device=device_kind(job),
     )
     sources = {"weights": model, "inputs": file_digest(job.input.file)}
     return Found(Shape(config, layout, eos_tokens), prompts, new_tokens, model, sources)
@@ -152,8 +155,49 @@ def look_together(
     return comm.bcast(found.shape if found else None, root=0), found
 
 
-def choose_device(topology: Topology, job: Job, shape: Shape) -> Cpu:
-    """This rank's device, its products self-tested; all ranks take the same kind of product. Collective."""
+def device_kind(job: Job) -> str:
+    """"cpu" or "cuda": what the ranks of a job compute on, as this process sees it."""
+    if job.run.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return job.run.device
+
+
+def choose_device(topology: Topology, job: Job, shape: Shape) -> Device:
+    """This rank's device, its products self-tested; all ranks take the same kind of product. Collective.
+
+    Raises:
+        AgreedError: on every rank, where one has no GPU that it could take.
+    """
+    if shape.layout.device == "cpu":
+        return _choose_cpu(topology, job, shape)
+    device, error = None, None
+    try:
+        device = _choose_gpu(topology, job, shape)
+    except MoempiError as caught:
+        error = caught
+    mpi.agree(topology.world, error)
+    assert device is not None
+    return device
+
+
+def _choose_gpu(topology: Topology, job: Job, shape: Shape) -> Device:
+    from moempi.device.cuda_binding import gpu_index, refuse_allocators, why_not
+
+    missing = why_not()
+    if missing:
+        raise JobError(f"run.device = {job.run.device!r}: {missing}, or set run.device = 'cpu'")
+    if job.exchange.gpu_aware != "off":
+        refuse_allocators(os.environ)
+    local, n_local = topology.place_on_node
+    index = gpu_index(local, n_local, torch.cuda.device_count(), share=job.run.share_gpus)
+    from moempi.device.cuda import Cuda
+
+    device = Cuda(index, shape.layout.mode)
+    device.choose_products(product_shapes(shape.config, shape.dtype, job.model.leaves))
+    return device
+
+
+def _choose_cpu(topology: Topology, job: Job, shape: Shape) -> Cpu:
     device = Cpu(topology.threads if job.run.threads == "auto" else job.run.threads)
     device.choose_products(product_shapes(shape.config, shape.dtype, job.model.leaves))
     if not all(topology.world.allgather(device.packed)):
@@ -162,7 +206,7 @@ def choose_device(topology: Topology, job: Job, shape: Shape) -> Cpu:
 
 
 def open_output(
-    comm: MPI.Intracomm, job: Job, found: Found | None, device: Cpu, *, resume: bool, overwrite: bool
+    comm: MPI.Intracomm, job: Job, found: Found | None, device: Device, *, resume: bool, overwrite: bool
 ) -> OutputWriter | None:
     """The writer of rank 0, with what an earlier run committed; None elsewhere. Collective.
 
@@ -188,7 +232,7 @@ def open_output(
     return writer
 
 
-def _identity(job: Job, found: Found, device: Cpu) -> dict[str, str]:
+def _identity(job: Job, found: Found, device: Device) -> dict[str, str]:
     """What a resume may not change, because the bits of the result depend on it."""
     built = environment()
     return {
@@ -199,8 +243,8 @@ def _identity(job: Job, found: Found, device: Cpu) -> dict[str, str]:
         "dtype": found.shape.layout.dtype,
         "mode": found.shape.layout.mode,
         "model.leaves": str(job.model.leaves),
-        "device": device.name,
-        "products": "packed" if device.packed else "tiled",
+        "device": f"{device.name} {device.model}".strip(),
+        "products": device.products,
         "kernels": str(ARITHMETIC),
         "torch": built["torch"],
         "processor_capability": built["processor_capability"],

@@ -26,6 +26,8 @@ class Outcome:
 
     exit_code: int
     mode: str = "exact"
+    device: str = "cpu"
+    messages: str = ""  # on a GPU: how rows travel, and why so
     ranks: int = 0
     nodes: int = 0
     route: str = ""  # of rows between nodes, and why
@@ -80,6 +82,8 @@ def finish(
         outcome = Outcome(
             exit_code=EXIT_DONE if router.finished == router.total else drained_code,
             mode=found.shape.layout.mode,
+            device=rank.device.describe(),
+            messages=rank.messages,
             ranks=comm.size,
             nodes=found.shape.layout.nodes.n_nodes,
             route=found.shape.layout.route.name,

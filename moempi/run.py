@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 from mpi4py import MPI
 
 from moempi.build import Rank, build_rank
+from moempi.device.seam import Device
 from moempi.errors import EXIT_COMMITTED
 from moempi.exchange.engine import Engine
 from moempi.exchange.topology import look_around
@@ -66,7 +68,7 @@ def run(
             if comm.bcast(writer is not None and writer.complete, root=0):
                 return nothing_to_do(job, found)
             tracer = Tracer(topology, job, shape, resume=resume, overwrite=overwrite)
-            rank = build_rank(topology, job, shape, device, tracer.recorder, engine_type)
+            rank = builder(device)(topology, job, shape, device, tracer.recorder, engine_type)
             router = build_router(comm, job, found, writer)
             engine = rank.engine
             tokens = partial(getattr, rank.home, "new_tokens")
@@ -80,6 +82,15 @@ def run(
             log.debug("%d steps, %d expert calls in %.3f s", rank.home.steps, engine.experts.calls, seconds)
             code = drain.exit_code if drain.requested else EXIT_COMMITTED
             return finish(comm, job, rank, tracer, router, found, writer, seconds, code)
+
+
+def builder(device: Device) -> Callable[..., Rank]:
+    """What puts a rank together; what a GPU needs is loaded only where there is one."""
+    if device.name == "cpu":
+        return build_rank
+    from moempi.build_cuda import build_rank as build_cuda_rank
+
+    return build_cuda_rank
 
 
 def build_router(comm: MPI.Intracomm, job: Job, found: Found | None, writer: OutputWriter | None) -> Router | None:

@@ -122,6 +122,8 @@ def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: 
         # No launcher stands between this process and the terminal: Ctrl-C drains too.
         mpi.signals.answer = "\nmoempi: stopping: what is done gets committed, and --resume goes on from there\n"
         mpi.signals.install(signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+    if job.run.device != "cpu" and job.exchange.gpu_aware != "off":
+        _prepare_gpu_mpi()
     world = mpi.start()
     draws = world.rank == 0 and not shown.quiet
     terminal = (open_terminal(os.environ) or own_terminal(sys.stderr, os.environ)) if draws else None
@@ -154,6 +156,16 @@ def _warn_of_hidden_gpus(world: MPI.Intracomm) -> None:
         logging.getLogger("moempi").warning(text)
 
 
+def _prepare_gpu_mpi() -> None:
+    """Let the embedded MPI take the memory of GPUs, where there are any; it must not have been loaded yet."""
+    import torch
+
+    from moempi.exchange import gpu_mpi
+
+    if torch.cuda.is_available():
+        gpu_mpi.prepare(os.environ)
+
+
 def describe(outcome: Outcome, seconds: float = 0.0) -> str:
     """The last lines of a run, for a person.
 
@@ -170,6 +182,8 @@ def describe(outcome: Outcome, seconds: float = 0.0) -> str:
         f"{outcome.seconds:.2f} s: {outcome.tokens_per_second:.0f} tokens/s "
         f"({outcome.mode} mode, {plural(outcome.ranks, 'rank')})",
     ]
+    if outcome.messages:
+        lines.append(f"on {outcome.device}; rows travel {outcome.messages}")
     if seconds:
         lines.append(f"total:  {seconds:.1f} s, with start-up, reading and writing")
     if outcome.exit_code == EXIT_DONE:

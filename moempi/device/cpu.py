@@ -20,7 +20,7 @@ from moempi.device import cpu_rows
 from moempi.device.cpu_rows import SmallLinear, is_small
 from moempi.errors import MoempiError
 from moempi.model.attention import AttentionPlan, Span, plan_attention
-from moempi.model.gate import Route
+from moempi.model.gate import Route, greedy
 
 TILE_ROWS = 16  # rows of a tile, and the multiple that features are padded to, where products are not packed
 PACK_ROWS = 16  # the row count that oneDNN chooses its blocking for; part of the bits
@@ -103,11 +103,34 @@ class Cpu:
     """
 
     name = "cpu"
+    mode = "exact"
+    model = ""
 
     def __init__(self, threads: int = 1):
         self.threads = threads
         self.packed = True
         torch.set_num_threads(threads)
+
+    def describe(self) -> str:
+        """For people."""
+        return "cpu"
+
+    @property
+    def products(self) -> str:
+        """Which kind of product; the bits depend on it."""
+        return "packed" if self.packed else "tiled"
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """A tensor on this device: as it is."""
+        return tensor
+
+    def greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Best token and its log-probability.
+
+        Raises:
+            MoempiError: a score is not a number.
+        """
+        return greedy(logits)
 
     def linear(self, weight: Tensor) -> Linear | SmallLinear:
         """A product with `weight` [O, I]: the kernels' own where it is small, else of the kind that the test chose."""

@@ -53,6 +53,12 @@ def plan_dispatch(covers: np.ndarray, table: LayerTable) -> DispatchPlan:
         by_slot, slot_counts = _repeat_for_slots(by_cover, counts, table)
     else:
         by_slot, slot_counts = by_cover, counts
+    slot_begin, messages = plan_messages(slot_counts, table)
+    return DispatchPlan(by_slot, messages, slot_begin, len(flat))
+
+
+def plan_messages(slot_counts: np.ndarray, table: LayerTable) -> tuple[np.ndarray, tuple[Message, ...]]:
+    """Where the rows of every slot begin [S + 1], and the messages, where slot s gets slot_counts[s] rows."""
     slot_begin = np.zeros(len(slot_counts) + 1, dtype=np.int64)
     slot_counts.cumsum(out=slot_begin[1:])
     # Lists: a loop over elements of an array costs several times as much.
@@ -62,7 +68,7 @@ def plan_dispatch(covers: np.ndarray, table: LayerTable) -> DispatchPlan:
         for rank in range(table.n_ranks)
         if edges[rank + 1] > edges[rank]
     )
-    return DispatchPlan(by_slot, messages, slot_begin, len(flat))
+    return slot_begin, messages
 
 
 def _repeat_for_slots(by_cover: np.ndarray, counts: np.ndarray, table: LayerTable) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,7 @@ class Topology:
     hosts: tuple[str, ...]  # host name of every rank
     threads: int  # this rank's share of the cores of its node
     cores: float  # the same before it is rounded: under 1 where ranks share a core
+    place_on_node: tuple[int, int] = (0, 1)  # rank inside the node, and ranks of the node
 
     def describe(self) -> list[dict[str, int | str]]:
         """Node and host of every rank."""
@@ -37,9 +38,10 @@ def look_around(world: MPI.Intracomm) -> Topology:
     first = node.bcast(world.rank, root=0)
     allowed = node.allgather(os.sched_getaffinity(0))
     threads, cores = fair_share(allowed, node.rank), share_of_cores(allowed, node.rank)
+    place = node.rank, node.size
     node.Free()
     hosts = tuple(world.allgather(platform.node()))
-    return Topology(world, numbered(world.allgather(first)), hosts, threads, cores)
+    return Topology(world, numbered(world.allgather(first)), hosts, threads, cores, place)
 
 
 @dataclass(frozen=True)

@@ -29,13 +29,22 @@ class KVCache:
         n_layers, n_kv_heads, head_dim: of the model.
         tokens: positions that the cache holds; rounded up to pages.
         dtype: of the stored keys and values.
+        device: where they are stored.
     """
 
-    def __init__(self, n_layers: int, n_kv_heads: int, head_dim: int, tokens: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        n_layers: int,
+        n_kv_heads: int,
+        head_dim: int,
+        tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+    ):
         self.n_pages = pages_for(tokens)
         width = padded_head(head_dim)
-        self.keys = torch.zeros(n_layers, self.n_pages, n_kv_heads, width, PAGE, dtype=dtype)
-        self.values = torch.zeros(n_layers, self.n_pages, n_kv_heads, PAGE, width, dtype=dtype)
+        self.keys = torch.zeros(n_layers, self.n_pages, n_kv_heads, width, PAGE, dtype=dtype, device=device)
+        self.values = torch.zeros(n_layers, self.n_pages, n_kv_heads, PAGE, width, dtype=dtype, device=device)
         self._free = list(range(self.n_pages - 1, -1, -1))
 
     def has_room(self, tokens: int) -> bool:

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from moempi.device.cpu import Cpu
 from moempi.device.cpu_rows import SmallExpert
+from moempi.device.seam import Device
 
 Part = TypeVar("Part")
 
@@ -46,7 +46,7 @@ class Expert:
         hidden: F, of the whole expert.
     """
 
-    def __init__(self, device: Cpu, gate_up: Tensor, down: Tensor, lo: int, hi: int, leaves: int, hidden: int):
+    def __init__(self, device: Device, gate_up: Tensor, down: Tensor, lo: int, hi: int, leaves: int, hidden: int):
         self.lo, self.hi, self.leaves = lo, hi, leaves
         self.dtype, self._swiglu = gate_up.dtype, device.swiglu
         begin = leaf_range(lo, leaves, hidden)[0]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moempi.errors import MoempiError
+
 
 @dataclass(frozen=True)
 class Route:
@@ -32,3 +34,17 @@ def choose_experts(logits: Tensor, top_k: int, normalize: bool) -> Route:
             total += weights[:, k]
         weights = weights / total.unsqueeze(1)
     return Route(order[:, :top_k], weights.contiguous())
+
+
+def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Best token [S] int64, lowest id among equals, and its log-probability [S] float32, of scores [S, vocab].
+
+    Raises:
+        MoempiError: a score is not a number.
+    """
+    best = logits.amax(-1, keepdim=True)
+    if not bool(torch.isfinite(best).all()):
+        raise MoempiError("the scores of the next token are not finite: the weights overflow in this dtype")
+    ids = torch.arange(logits.shape[-1])
+    tokens = torch.where(logits == best, ids, logits.shape[-1]).amin(-1)
+    return tokens, torch.log_softmax(logits, dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)

@@ -8,8 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moempi.device.cpu import Cpu
-from moempi.errors import MoempiError
+from moempi.device.seam import Device
 from moempi.model.config import ModelConfig
 from moempi.model.expert import leaf_range
 from moempi.model.gate import Route
@@ -26,13 +25,14 @@ class Layer:
         dense: the layer has a feed-forward network of its own instead of a gate.
     """
 
-    def __init__(self, number: int, config: ModelConfig, device: Cpu, read: Read, *, dense: bool):
+    def __init__(self, number: int, config: ModelConfig, device: Device, read: Read, *, dense: bool):
         self.number, self.config, self.dense, self.device = number, config, dense, device
         self.qkv = device.linear(torch.cat([read("q"), read("k"), read("v")]))
         self.output = device.linear(read("o"))
         norms = [read("q_norm").expand(config.n_heads, -1), read("k_norm").expand(config.n_kv_heads, -1)]
-        self.head_norm = torch.cat(norms).float()  # [heads + kv_heads, head_dim]
-        self.attention_norm, self.mlp_norm = read("attention_norm").float(), read("mlp_norm").float()
+        self.head_norm = device.place(torch.cat(norms).float())  # [heads + kv_heads, head_dim]
+        self.attention_norm = device.place(read("attention_norm").float())
+        self.mlp_norm = device.place(read("mlp_norm").float())
         self.dtype = self.output.dtype
         if dense:
             self.gate_up, self.down = device.linear(read("mlp_gate_up")), device.linear(read("mlp_down"))
@@ -68,12 +68,12 @@ class Network:
         dtype: that the run computes in.
     """
 
-    def __init__(self, config: ModelConfig, device: Cpu, read: Read, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, device: Device, read: Read, dtype: torch.dtype):
         self.config, self.dtype, self.device = config, dtype, device
-        self.embedding = read("embedding").to(dtype)
-        self.norm = read("norm").float()
+        self.embedding = device.place(read("embedding").to(dtype))
+        self.norm = device.place(read("norm").float())
         self.head = device.linear(self.embedding if config.tied_embeddings else read("head").to(dtype))
-        self.rotary = Rotary(config.head_dim, config.max_positions, config.rope_theta)
+        self.rotary = Rotary(config.head_dim, config.max_positions, config.rope_theta, device.place)
         self._read = read
         self.layers = [
             Layer(n, config, device, partial(self._of_layer, n), dense=n in config.dense_layers)
@@ -108,17 +108,3 @@ def product_shapes(config: ModelConfig, dtype: torch.dtype, leaves: int) -> list
         outward = dtype if leaves == 1 else torch.float32
         shapes += [shape for w in widths for shape in ((2 * w, d, dtype), (d, w, outward))]
     return shapes
-
-
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Best token [S] int64, lowest id among equals, and its log-probability [S] float32, of scores [S, vocab].
-
-    Raises:
-        MoempiError: a score is not a number.
-    """
-    best = logits.amax(-1, keepdim=True)
-    if not bool(torch.isfinite(best).all()):
-        raise MoempiError("the scores of the next token are not finite: the weights overflow in this dtype")
-    ids = torch.arange(logits.shape[-1])
-    tokens = torch.where(logits == best, ids, logits.shape[-1]).amin(-1)
-    return tokens, torch.log_softmax(logits, dim=-1).gather(1, tokens.unsqueeze(1)).squeeze(1)

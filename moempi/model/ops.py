@@ -6,6 +6,8 @@ in the last bit, so a row's value would depend on how many rows travel with it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,13 +31,16 @@ class Rotary:
         head_dim: even.
         positions: how many positions the tables hold.
         theta: the base of the frequencies.
+        place: puts the tables where they are used.
     """
 
-    def __init__(self, head_dim: int, positions: int, theta: float):
+    def __init__(
+        self, head_dim: int, positions: int, theta: float, place: Callable[[Tensor], Tensor] = lambda table: table
+    ):
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         angles = torch.outer(torch.arange(positions).float(), 1.0 / theta**exponents)
-        self.cos = torch.cat([angles.cos(), angles.cos()], dim=-1)  # [positions, head_dim]
-        self.sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)
+        self.cos = place(torch.cat([angles.cos(), angles.cos()], dim=-1))  # [positions, head_dim]
+        self.sin = place(torch.cat([-angles.sin(), angles.sin()], dim=-1))
 
     def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and signed sines [T, 1, head_dim] of positions [T]."""

@@ -9,8 +9,7 @@ from moempi.device.cpu import Cpu
 from moempi.errors import DataError, MoempiError
 from moempi.model.config import config_from_hf
 from moempi.model.expert import Expert, leaf_range, tree_sum
-from moempi.model.gate import choose_experts
-from moempi.model.network import greedy
+from moempi.model.gate import choose_experts, greedy
 from moempi.model.ops import Rotary, rms_norm, rotate, swiglu
 
 COUNTS = (1, 2, 3, 5, 8, 17, 64, 129)

@@ -1,0 +1,131 @@
+"""Building a rank on a GPU: the twin of `moempi.build`."""
+
+from __future__ import annotations
+
+import torch
+
+from moempi.build import Rank, load_slots
+from moempi.device.cuda import Cuda
+from moempi.device.cuda_experts import Layer, Pieces, Stack
+from moempi.device.cuda_memory import MessageMemory, block_bytes
+from moempi.exchange.arrivals_cuda import CudaExperts
+from moempi.exchange.dispatch_cuda import on_gpu
+from moempi.exchange.engine import Channels, Engine, Limits
+from moempi.exchange.engine_cuda import CudaEngine
+from moempi.exchange.gpu_aware import Way, choose_way
+from moempi.exchange.slots import LayerTable, layer_tables
+from moempi.exchange.topology import Topology
+from moempi.files.weights import Weights, open_weights
+from moempi.home import Home
+from moempi.job import Job
+from moempi.layer_cuda import CudaForward
+from moempi.model.cache import KVCache
+from moempi.model.expert import leaf_range
+from moempi.model.network import Network
+from moempi.planning import memory as plan
+from moempi.prepare import Shape
+from moempi.recorder import Recorder
+from moempi.router.control import Control
+
+
+def build_rank(
+    topology: Topology,
+    job: Job,
+    shape: Shape,
+    device: Cuda,
+    recorder: Recorder,
+    engine_type: type[Engine] = CudaEngine,
+) -> Rank:
+    """Read this rank's weights and put it together. Collective: duplicates communicators.
+
+    Args:
+        engine_type: a subclass of CudaEngine, for tests; any other class stands for CudaEngine itself.
+
+    Raises:
+        DataError: the weights cannot be read.
+        JobError: `exchange.gpu_aware` asks for what does not work.
+    """
+    config, layout, world = shape.config, shape.layout, topology.world
+    way = choose_way(topology, job.exchange.gpu_aware)
+    tables = layer_tables(layout.placement)
+    kv_tokens = layout.kv_tokens if world.rank in layout.homes else 0
+    memory = message_memory(shape, device, way)
+    with open_weights(job.model.weights) as weights:
+        layers = load_layers(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
+        network = Network(config, device, weights.tensor, shape.dtype)
+    cache = KVCache(config.n_layers, config.n_kv_heads, config.head_dim, kv_tokens, shape.dtype, device.device)
+    chosen = engine_type if issubclass(engine_type, CudaEngine) else CudaEngine
+    engine = chosen(
+        Channels(dispatch=world.Dup(), answers=world.Dup(), barrier=world.Dup()),
+        tables,
+        CudaExperts(layers, memory.memory.view(shape.dtype)),
+        shape.dtype,
+        config.d_model,
+        layout.tags,
+        Limits(layout.arrival_budget, job.engine.stall_timeout, job.engine.slice),
+        recorder,
+        payload=world.Dup(),
+        memory=memory,
+    )
+    control = Control(world.Dup(), engine.requests)
+    home = Home(
+        engine,
+        cache,
+        capacity=job.run.capacity,
+        n_microbatches=layout.n_microbatches,
+        budget=layout.step_tokens,
+        group=config.n_heads // config.n_kv_heads,
+        eos_tokens=shape.eos_tokens,
+        tell=lambda message: control.send(0, message),
+        plan=device.plan_attention,
+    )
+    forward = CudaForward(
+        network=network,
+        engine=engine,
+        relay=None,
+        cache=cache,
+        most_rows=layout.piece_rows,
+        lockstep=job.exchange.lockstep,
+        tables=on_gpu(tables, device.device),
+    )
+    return Rank(engine, home, control, forward, None, device, str(way))
+
+
+def message_memory(shape: Shape, device: Cuda, way: Way) -> MessageMemory:
+    """The arenas of a rank, as the memory plan has them."""
+    config, layout, nbytes = shape.config, shape.layout, shape.dtype.itemsize
+    own = plan.home_message_bytes(config, nbytes, layout.step_tokens, layout.placement)
+    # Two parts of a block round up.
+    spare = 2 * block_bytes([1, 1])
+    home = layout.n_microbatches * (own + spare)
+    return MessageMemory(device.device, home, layout.arrival_budget + spare, staged=way.staged)
+
+
+def load_layers(
+    weights: Weights, tables: dict[int, LayerTable], rank: int, device: Cuda, dtype: torch.dtype, leaves: int
+) -> dict[int, Layer]:
+    """The experts that a rank holds, layer by layer; nothing else of the experts is read."""
+    layers: dict[int, Layer] = {}
+    for layer, table in tables.items():
+        if not table.slots_on(rank):
+            continue
+        if leaves == 1:
+            layers[layer] = _load_stack(weights, table, rank, device, dtype)
+        else:
+            slots = load_slots(weights, {layer: table}, rank, device, dtype, leaves)
+            layers[layer] = Pieces({number: expert for (_, number), expert in slots.items()})
+    return layers
+
+
+def _load_stack(weights: Weights, table: LayerTable, rank: int, device: Cuda, dtype: torch.dtype) -> Stack:
+    """Whole experts, read one after the other into one stack."""
+    hidden, d = weights.config.expert_hidden, weights.config.d_model
+    n = table.slots_on(rank)
+    gate_up = torch.empty(n, 2 * hidden, d, dtype=dtype, device=device.device)
+    down = torch.empty(n, d, hidden, dtype=dtype, device=device.device)
+    begin, end = leaf_range(0, 1, hidden)
+    for slot in range(table.rank_begin[rank], table.rank_begin[rank + 1]):
+        number = int(table.number[slot])
+        read = weights.expert(table.layer, int(table.expert[slot]), begin, end)
+        gate_up[number], down[number] = read[0].to(dtype), read[1].to(dtype)
+    return Stack(gate_up, down, exact=device.exact)

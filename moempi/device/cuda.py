@@ -1,0 +1,137 @@
+"""The GPU as a device: its products, and the row operations that exact mode stands on.
+
+Exact mode takes products of fixed tiles (`cuda_products`), fast mode those of cuBLAS. Everything else is the same in
+both. TF32 is off in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from moempi.device import cuda_rows
+from moempi.device.cuda_attention import TilePlan, plan_tiles
+from moempi.device.cuda_products import TILES, product
+from moempi.errors import MoempiError
+from moempi.model.attention import Span
+from moempi.model.gate import Route
+
+SELF_TEST_ROWS = (1, 2, 7, 16, 64, 65, 128, 257)
+
+
+class Linear:
+    """`y = x @ weight.T` on the GPU.
+
+    Args:
+        weight: [O, I], float32 or bfloat16, on the GPU; kept, not copied.
+        exact: the bits of every row depend on that row alone.
+    """
+
+    def __init__(self, weight: Tensor, *, exact: bool):
+        self.dtype, self.exact = weight.dtype, exact
+        self._weight = weight.contiguous()
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[R, I] -> [R, O], in the weight's dtype, for any R including 0; `residual` [R, O] is added to it."""
+        x = x.to(self.dtype)
+        rows = product(x.contiguous(), self._weight) if self.exact else F.linear(x, self._weight)
+        return rows if residual is None else residual + rows
+
+
+class Cuda:
+    """One GPU of a rank.
+
+    Args:
+        index: of the GPU.
+        mode: "exact" or "fast".
+    """
+
+    name = "cuda"
+
+    def __init__(self, index: int, mode: str):
+        self.device, self.mode = torch.device("cuda", index), mode
+        torch.cuda.set_device(self.device)
+        self.threads = torch.get_num_threads()
+        self.model = torch.cuda.get_device_name(self.device)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+    def describe(self) -> str:
+        """For people."""
+        return f"cuda ({self.model})"
+
+    @property
+    def exact(self) -> bool:
+        """Whether bits never depend on the layout."""
+        return self.mode == "exact"
+
+    @property
+    def products(self) -> str:
+        """Which kind of product; the bits depend on it."""
+        return "fixed tiles" if self.exact else "cuBLAS"
+
+    def choose_products(self, shapes: Iterable[tuple[int, int, torch.dtype]]) -> None:
+        """Self-test of exact mode, for products of shapes (O, I, dtype).
+
+        Raises:
+            MoempiError: a row's bits depend on its neighbours.
+        """
+        for shape in sorted(set(shapes), key=str) if self.exact else ():
+            if not row_is_independent(shape, self.device):
+                raise MoempiError(
+                    f"the self-test failed: on {self.model} with torch {torch.__version__} a row's bits depend on its "
+                    f"neighbours in products of {shape[1]} inputs and {shape[0]} outputs; model.mode = 'fast' works"
+                )
+
+    def linear(self, weight: Tensor) -> Linear:
+        """A product with `weight` [O, I]."""
+        return Linear(self.place(weight), exact=self.exact)
+
+    def has_small_experts(self, hidden: int, d_model: int) -> bool:
+        """Never: small experts are kernels of the CPU."""
+        return False
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """A tensor on this GPU, to stay."""
+        return tensor.to(self.device)
+
+    def plan_attention(self, spans: Sequence[Span], group: int) -> TilePlan:
+        """Which query rows meet which pages; on the host."""
+        return plan_tiles(spans, group)
+
+    def normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """RMS norm of x [..., D], rounded to `dtype`."""
+        return cuda_rows.rms_norm(x, weight, eps, dtype)
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """[R, 2F], gate first -> [R, F]."""
+        return cuda_rows.swiglu(gate_up)
+
+    def choose_experts(self, logits: Tensor, top_k: int, normalize: bool) -> Route:
+        """The K best experts of logits [T, E] float32; experts are int32 here."""
+        return Route(*cuda_rows.choose_experts(logits, top_k, normalize))
+
+    def greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Best token and its log-probability; the latter is no number where a score is not finite."""
+        return cuda_rows.greedy(logits)
+
+
+@lru_cache(maxsize=256)
+def row_is_independent(shape: tuple[int, int, torch.dtype], device: torch.device) -> bool:
+    """Whether one row keeps its bits over row counts, places and tiles, for a weight [O, I] of a dtype."""
+    outputs, inputs, dtype = shape
+    random = torch.Generator(device).manual_seed(outputs * 1000003 + inputs)
+    weight = torch.randn(outputs, inputs, generator=random, device=device).to(dtype)
+    row = torch.randn(1, inputs, generator=random, device=device).to(dtype)
+    expected = product(row, weight)[0]
+    for rows in SELF_TEST_ROWS:
+        x = torch.randn(rows, inputs, generator=random, device=device).to(dtype)
+        x[rows // 2] = row[0]
+        for tile in TILES[dtype]:
+            if not torch.equal(product(x, weight, tile)[rows // 2], expected):
+                return False
+    return True

@@ -1,0 +1,199 @@
+"""Products whose bits do not depend on the number of rows: one Triton kernel, fixed tiles, one order over the inputs.
+
+cuBLAS chooses its kernel, and with it the order of a sum, by the number of rows; exact mode cannot use it. Here every
+output adds its inputs in blocks of `BLOCK` from the first to the last, whatever the tile; there is no split over the
+inputs. Several products of one shape, each with its own rows and its own weight, are one launch (Triton's grouped
+product is the pattern).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moempi.device.cuda_transfer import to_device
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and outputs of a tile, inputs of a block, and how a multiprocessor works on it."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    warps: int
+    stages: int
+
+
+# With few rows a product is bound by reading its weights, and many small tiles read them faster. All tiles of a dtype
+# give the same bits (the self-test looks): a tile decides who computes an output, not in which order.
+TILES = {
+    torch.bfloat16: (Tile(64, 64, 64, 4, 5), Tile(128, 128, 64, 8, 4), Tile(256, 128, 64, 8, 3)),
+    torch.float32: (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
+}
+STEPS = (256, 768)  # rows up to which the first and the second tile are taken
+_GROUP = 8  # tiles of rows that share a weight's tile in the cache
+_UNIT = 16  # bytes: offsets are counted in these where all rows are aligned to them, so that loads are wide
+
+
+@triton.jit
+def _product(  # type: ignore[no-untyped-def]
+    rows_base,
+    weights,
+    out_base,
+    table,
+    n_rows,
+    n_outputs,
+    n_inputs,
+    IN_UNIT: tl.constexpr,  # noqa: N803
+    OUT_UNIT: tl.constexpr,  # noqa: N803
+    SINGLE: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+    OUTPUTS: tl.constexpr,  # noqa: N803
+    BLOCK: tl.constexpr,  # noqa: N803
+    EVEN: tl.constexpr,  # noqa: N803
+    GROUP: tl.constexpr,  # noqa: N803
+):
+    # Neighbouring programs share tiles of rows and of weights.
+    pid = tl.program_id(0)
+    across = tl.cdiv(n_outputs, OUTPUTS)
+    down = tl.num_programs(0) // across
+    first = pid // (GROUP * across) * GROUP
+    height = min(down - first, GROUP)
+    m = first + pid % (GROUP * across) % height
+    n = pid % (GROUP * across) // height
+    if SINGLE:
+        left = n_rows - m * ROWS
+        x = rows_base + m.to(tl.int64) * ROWS * n_inputs
+        w = weights
+        y = out_base + m.to(tl.int64) * ROWS * n_outputs
+    else:
+        left = tl.load(table + 4 * m).to(tl.int32)
+        x = rows_base + tl.load(table + 4 * m + 1) * IN_UNIT
+        w = weights + tl.load(table + 4 * m + 2) * n_outputs * n_inputs
+        y = out_base + tl.load(table + 4 * m + 3) * OUT_UNIT
+    # What lies beyond the last row or output is computed from another one and not stored.
+    row = tl.arange(0, ROWS)
+    output = n * OUTPUTS + tl.arange(0, OUTPUTS)
+    inputs = tl.arange(0, BLOCK)
+    from_x = x + tl.minimum(row, left - 1)[:, None] * n_inputs + inputs[None, :]
+    from_w = w + tl.minimum(output, n_outputs - 1).to(tl.int64)[None, :] * n_inputs + inputs[:, None]
+    total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
+    for begin in range(0, n_inputs, BLOCK):
+        if EVEN:
+            a = tl.load(from_x)
+            b = tl.load(from_w)
+        else:
+            a = tl.load(from_x, mask=inputs[None, :] < n_inputs - begin, other=0.0)
+            b = tl.load(from_w, mask=inputs[:, None] < n_inputs - begin, other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+        from_x += BLOCK
+        from_w += BLOCK
+    mask = (row[:, None] < left) & (output[None, :] < n_outputs)
+    tl.store(y + row.to(tl.int64)[:, None] * n_outputs + output[None, :], total.to(y.dtype.element_ty), mask=mask)
+
+
+def product(x: Tensor, weight: Tensor, tile: Tile | None = None, out: Tensor | None = None) -> Tensor:
+    """x [R, I] @ weight [O, I].T -> [R, O], in the weight's dtype, for any R; all contiguous.
+
+    Args:
+        tile: for tests; by default what suits the number of rows.
+        out: [R, O], if it is there already.
+    """
+    rows, outputs = x.shape[0], weight.shape[0]
+    if out is None:
+        out = torch.empty(rows, outputs, dtype=weight.dtype, device=weight.device)
+    if rows:
+        tile = tile or tile_for(weight.dtype, rows)
+        _launch(x, weight, out, None, rows, -(-rows // tile.rows), tile, 1, 1)
+    return out
+
+
+@dataclass(frozen=True)
+class Section:
+    """R rows that meet one weight: rows [R, I] at an offset of one tensor, outputs [R, O] at one of another."""
+
+    weight: int  # place in the stack of weights
+    rows: int
+    source: int  # offset in elements
+    target: int
+
+
+def grouped_product(source: Tensor, weights: Tensor, target: Tensor, sections: Sequence[Section]) -> None:
+    """For every section, its rows [R, I] of `source` times its weight.T into its rows [R, O] of `target`.
+
+    Args:
+        source, target: flat views of the memory that the sections' offsets count in.
+        weights: [S, O, I] contiguous.
+    """
+    tile = tile_for(weights.dtype, max(section.rows for section in sections))
+    inputs, outputs = weights.shape[2], weights.shape[1]
+    units = _units(source, inputs, [s.source for s in sections]), _units(target, outputs, [s.target for s in sections])
+    table = tile_table(sections, tile.rows, inputs, outputs, *units)
+    _launch(source, weights, target, to_device(torch.from_numpy(table), weights.device), 0, len(table), tile, *units)
+
+
+def tile_table(
+    sections: Sequence[Section], tile_rows: int, inputs: int, outputs: int, in_unit: int, out_unit: int
+) -> np.ndarray:
+    """int64 [tiles, 4]: rows that are left, offset of the rows, weight, offset of the outputs; offsets in units."""
+    parts = []
+    for section in sections:
+        begin = np.arange(0, section.rows, tile_rows, dtype=np.int64)
+        part = np.empty((len(begin), 4), dtype=np.int64)
+        part[:, 0] = section.rows - begin
+        part[:, 1] = (section.source + begin * inputs) // in_unit
+        part[:, 2] = section.weight
+        part[:, 3] = (section.target + begin * outputs) // out_unit
+        parts.append(part)
+    return np.concatenate(parts)
+
+
+def tile_for(dtype: torch.dtype, rows: int) -> Tile:
+    """The tile for a product of so many rows."""
+    return TILES[dtype][sum(rows > step for step in STEPS)]
+
+
+def _units(memory: Tensor, row: int, offsets: Sequence[int]) -> int:
+    unit = _UNIT // memory.dtype.itemsize
+    aligned = memory.data_ptr() % _UNIT == 0 and row % unit == 0 and all(offset % unit == 0 for offset in offsets)
+    return unit if aligned else 1
+
+
+def _launch(
+    source: Tensor,
+    weights: Tensor,
+    target: Tensor,
+    table: Tensor | None,
+    rows: int,
+    tiles: int,
+    tile: Tile,
+    in_unit: int,
+    out_unit: int,
+) -> None:
+    outputs, inputs = weights.shape[-2:]
+    _product[(tiles * -(-outputs // tile.outputs),)](
+        source,
+        weights,
+        target,
+        table,
+        rows,
+        outputs,
+        inputs,
+        IN_UNIT=in_unit,
+        OUT_UNIT=out_unit,
+        SINGLE=table is None,
+        ROWS=tile.rows,
+        OUTPUTS=tile.outputs,
+        BLOCK=tile.inputs,
+        EVEN=inputs % tile.inputs == 0,
+        GROUP=_GROUP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )

@@ -1,0 +1,208 @@
+"""The CUDA C++ of the row kernels. Launched by `moempi.device.cuda_rows`, which says what goes in and out."""
+
+SOURCE = r"""
+typedef long long integer;
+
+// bfloat16 by its bits, so that no header of the toolkit is needed.
+struct bf16 { unsigned short bits; };
+
+__device__ inline float wide(float x) { return x; }
+__device__ inline float wide(bf16 x) { return __uint_as_float(static_cast<unsigned>(x.bits) << 16); }
+
+template <class T> __device__ inline T narrow(float x);
+template <> __device__ inline float narrow<float>(float x) { return x; }
+template <> __device__ inline bf16 narrow<bf16>(float x) {
+  unsigned u = __float_as_uint(x);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return bf16{0x7fff};
+  return bf16{static_cast<unsigned short>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};  // to nearest, ties to even
+}
+
+template <class T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
+
+template <class T, int N> __device__ inline Pack<T, N> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, N>*>(from);
+}
+template <class T, int N> __device__ inline void store(T* to, const Pack<T, N>& pack) {
+  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
+__device__ inline float warp_sum(float x) {
+  for (int step = 16; step; step /= 2) x = x + __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// Sum over a block of whole warps, in an order that depends on the number of threads alone; the same on all threads.
+__device__ inline float block_sum(float x) {
+  __shared__ float parts[32];
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = warp_sum(threadIdx.x % 32 < blockDim.x / 32 ? parts[threadIdx.x % 32] : 0.0f);
+  __syncthreads();
+  return x;
+}
+
+template <class T, class O>
+__global__ void rms_norm(const T* x, const float* weight, O* out, integer heads, integer d, float eps) {
+  const T* row = x + blockIdx.x * d;
+  const float* scale = weight + blockIdx.x % heads * d;
+  float squares = 0.0f;
+  for (integer i = threadIdx.x; i < d; i += blockDim.x) { float v = wide(row[i]); squares = squares + v * v; }
+  float factor = rsqrtf(block_sum(squares) / d + eps);
+  O* to = out + blockIdx.x * d;
+  for (integer i = threadIdx.x; i < d; i += blockDim.x) to[i] = narrow<O>(wide(row[i]) * factor * scale[i]);
+}
+
+template <class T, int N>
+__global__ void swiglu(const T* gate_up, T* out, integer f) {
+  const T* gate = gate_up + 2 * f * blockIdx.x;
+  for (integer i = N * threadIdx.x; i < f; i += N * blockDim.x) {
+    Pack<T, N> g = load<T, N>(gate + i), u = load<T, N>(gate + f + i), y;
+    for (int j = 0; j < N; ++j) {
+      float v = wide(g.at[j]);
+      y.at[j] = narrow<T>(v / (1.0f + expf(-v)) * wide(u.at[j]));
+    }
+    store<T, N>(out + f * blockIdx.x + i, y);
+  }
+}
+
+template <class T, int N>
+__global__ void gather(const T* rows, const int* pairs, T* out, integer top_k, integer d) {
+  const T* from = rows + pairs[blockIdx.x] / static_cast<int>(top_k) * d;
+  T* to = out + blockIdx.x * d;
+#pragma unroll 4
+  for (integer i = N * threadIdx.x; i < d; i += N * blockDim.x) store<T, N>(to + i, load<T, N>(from + i));
+}
+
+template <class T, class A, int N>
+__global__ void combine(const T* x, const A* answers, const int* places, const float* weights, T* out, integer top_k,
+                        integer d) {
+  const int* place = places + blockIdx.x * top_k;
+  const float* weight = weights + blockIdx.x * top_k;
+  for (integer i = N * threadIdx.x; i < d; i += N * blockDim.x) {
+    Pack<T, N> residual = load<T, N>(x + blockIdx.x * d + i), y;
+    float total[N];
+    for (integer k = 0; k < top_k; ++k) {
+      Pack<A, N> answer = load<A, N>(answers + place[k] * d + i);
+      float w = weight[k];
+      for (int j = 0; j < N; ++j) {
+        float term = wide(answer.at[j]) * w;
+        total[j] = k ? total[j] + term : term;
+      }
+    }
+    for (int j = 0; j < N; ++j) y.at[j] = narrow<T>(wide(residual.at[j]) + total[j]);
+    store<T, N>(out + blockIdx.x * d + i, y);
+  }
+}
+
+// One warp per token.
+__global__ void choose(const float* logits, int* experts, float* weights, integer tokens, integer n_experts,
+                       integer top_k, integer normalize) {
+  extern __shared__ float shared[];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const integer t = static_cast<integer>(blockIdx.x) * (blockDim.x / 32) + warp;
+  if (t >= tokens) return;
+  float* score = shared + warp * n_experts;
+  float peak = -__int_as_float(0x7f800000);
+  for (integer e = lane; e < n_experts; e += 32) {
+    score[e] = logits[t * n_experts + e];
+    peak = fmaxf(peak, score[e]);
+  }
+  for (int step = 16; step; step /= 2) peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, step));
+  float sum = 0.0f;
+  for (integer e = lane; e < n_experts; e += 32) { score[e] = expf(score[e] - peak); sum = sum + score[e]; }
+  sum = warp_sum(sum);
+  for (integer e = lane; e < n_experts; e += 32) score[e] = score[e] / sum;
+  __syncwarp();
+  float total = 0.0f;
+  for (integer k = 0; k < top_k; ++k) {
+    float best = -1.0f;
+    int at = static_cast<int>(n_experts) - 1;
+    for (integer e = lane; e < n_experts; e += 32)
+      if (score[e] > best) { best = score[e]; at = static_cast<int>(e); }
+    for (int step = 16; step; step /= 2) {
+      float other = __shfl_xor_sync(0xffffffffu, best, step);
+      int where = __shfl_xor_sync(0xffffffffu, at, step);
+      if (other > best || (other == best && where < at)) { best = other; at = where; }
+    }
+    if (lane == 0) { experts[t * top_k + k] = at; weights[t * top_k + k] = best; score[at] = -2.0f; }
+    total = k ? total + best : best;
+    __syncwarp();
+  }
+  if (normalize)
+    for (integer k = lane; k < top_k; k += 32) weights[t * top_k + k] = weights[t * top_k + k] / total;
+}
+
+__global__ void choose_covers(const int* experts, const integer* turns, const int* cover_of, const int* n_replicas,
+                              int* covers, integer n, integer top_k, integer most, integer layer) {
+  const integer i = static_cast<integer>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i >= n) return;
+  const int e = experts[i];
+  covers[i] = cover_of[e * most + (turns[i / top_k] + layer) % n_replicas[e]];
+}
+
+// One block of 1024 threads per cover: it counts the pairs of smaller covers, then places its own in their order.
+__global__ void sort_pairs(const int* covers, int* pairs, int* places, integer* counts, integer n) {
+  __shared__ int less[32], same[32];
+  const int mine = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int l = 0, s = 0;
+  for (integer i = threadIdx.x; i < n; i += 1024) { l += covers[i] < mine; s += covers[i] == mine; }
+  l = __reduce_add_sync(0xffffffffu, l);
+  s = __reduce_add_sync(0xffffffffu, s);
+  if (lane == 0) { less[warp] = l; same[warp] = s; }
+  __syncthreads();
+  int base = __reduce_add_sync(0xffffffffu, less[lane]);
+  const int count = __reduce_add_sync(0xffffffffu, same[lane]);
+  if (threadIdx.x == 0) counts[mine] = count;
+  if (count == 0) return;
+  for (integer begin = 0; begin < n; begin += 1024) {
+    const integer i = begin + threadIdx.x;
+    const bool here = i < n && covers[i] == mine;
+    const unsigned votes = __ballot_sync(0xffffffffu, here);
+    __syncthreads();
+    if (lane == 0) same[warp] = __popc(votes);
+    __syncthreads();
+    const int before = __reduce_add_sync(0xffffffffu, lane < warp ? same[lane] : 0);
+    const int all = __reduce_add_sync(0xffffffffu, same[lane]);
+    if (here) {
+      const int place = base + before + __popc(votes & ((1u << lane) - 1u));
+      pairs[place] = static_cast<int>(i);
+      places[i] = place;
+    }
+    base += all;
+  }
+}
+
+// One block of 1024 threads per row.
+__global__ void greedy(const float* logits, integer* tokens, float* logprobs, integer vocab) {
+  __shared__ float peaks[32];
+  __shared__ integer ids[32];
+  const float* row = logits + blockIdx.x * vocab;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const float infinity = __int_as_float(0x7f800000);
+  float best = -infinity;
+  integer at = vocab - 1;
+  for (integer i = threadIdx.x; i < vocab; i += 1024)
+    if (row[i] > best) { best = row[i]; at = i; }
+  for (int round = 0; round < 2; ++round) {
+    for (int step = 16; step; step /= 2) {
+      float other = __shfl_xor_sync(0xffffffffu, best, step);
+      integer where = __shfl_xor_sync(0xffffffffu, at, step);
+      if (other > best || (other == best && where < at)) { best = other; at = where; }
+    }
+    if (round == 0) {
+      if (lane == 0) { peaks[warp] = best; ids[warp] = at; }
+      __syncthreads();
+      best = peaks[lane];
+      at = ids[lane];
+    }
+  }
+  float sum = 0.0f;
+  for (integer i = threadIdx.x; i < vocab; i += 1024) sum = sum + expf(row[i] - best);
+  sum = block_sum(sum);
+  if (threadIdx.x == 0) {
+    tokens[blockIdx.x] = at;
+    logprobs[blockIdx.x] = fabsf(best) < infinity ? -logf(sum) : __int_as_float(0x7fc00000);
+  }
+}
+"""

@@ -1,0 +1,64 @@
+"""What the model and the run ask of a device. `device.cpu` and `device.cuda` are the two that there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moempi.model.attention import Span
+from moempi.model.gate import Route
+
+
+class Product(Protocol):
+    """`y = x @ weight.T`."""
+
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[R, I] -> [R, O], in the weight's dtype, for any R including 0; `residual` [R, O] is added to it."""
+
+
+class Device(Protocol):
+    """Products and operations on rows. In exact mode a row's bits depend on that row alone."""
+
+    name: str  # "cpu" or "cuda"
+    mode: str  # "exact" or "fast"
+    threads: int  # of the host, for torch
+    model: str  # of the processor or GPU, where bits or figures depend on it; else empty
+
+    def describe(self) -> str:
+        """For people."""
+
+    @property
+    def products(self) -> str:
+        """Which kind of product; the bits depend on it."""
+
+    def choose_products(self, shapes: Iterable[tuple[int, int, torch.dtype]]) -> None:
+        """Test that products of the shapes (O, I, dtype) keep their promise."""
+
+    def linear(self, weight: Tensor) -> Product:
+        """A product with a weight [O, I]."""
+
+    def has_small_experts(self, hidden: int, d_model: int) -> bool:
+        """Whether an expert of so many hidden units is one kernel of the CPU."""
+
+    def place(self, tensor: Tensor) -> Tensor:
+        """A tensor on this device, to stay."""
+
+    def plan_attention(self, spans: Sequence[Span], group: int) -> Any:
+        """Which query rows meet which keys, for attention on this device."""
+
+    def normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+        """RMS norm of x [..., D], rounded to `dtype`."""
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """[R, 2F], gate first -> [R, F]."""
+
+    def choose_experts(self, logits: Tensor, top_k: int, normalize: bool) -> Route:
+        """The K best experts of logits [T, E] float32."""
+
+    def greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Best token and its log-probability, of logits [S, V] float32."""

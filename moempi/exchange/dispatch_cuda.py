@@ -1,0 +1,150 @@
+"""Dispatch and combine on a GPU, side by side: the same plan as on the CPU, its counts made where the routes are.
+
+The host learns how many rows go to each slot, and nothing else of the routes: one copy per layer and microbatch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moempi.device import cuda_rows
+from moempi.device.cuda_memory import Block, block_bytes
+from moempi.exchange.engine_cuda import CudaEngine
+from moempi.exchange.plan import cut_into_pieces, plan_messages
+from moempi.exchange.slots import LayerTable
+from moempi.exchange.tasks import Future
+from moempi.model.expert import tree_sum
+from moempi.model.gate import Route
+from moempi.stages import NO_STEP, PACK, StepKey
+
+
+@dataclass(frozen=True)
+class CudaTable:
+    """What a GPU needs of a layer's routing table, and what the host makes of its counts."""
+
+    table: LayerTable
+    cover_of: Tensor  # [E, most replicas] int32, on the GPU
+    n_replicas: Tensor  # [E] int32, on the GPU
+    cover_of_slot: np.ndarray  # [S]
+    expert_of_cover: np.ndarray  # [covers]
+
+
+def on_gpu(tables: Mapping[int, LayerTable], device: torch.device) -> dict[int, CudaTable]:
+    """The tables of all layers."""
+    return {layer: _on_gpu(table, device) for layer, table in tables.items()}
+
+
+def _on_gpu(table: LayerTable, device: torch.device) -> CudaTable:
+    cover_of_slot = np.zeros(len(table.rank), dtype=np.int64)
+    for cover, slots in enumerate(table.covers):
+        cover_of_slot[list(slots)] = cover
+    return CudaTable(
+        table,
+        torch.from_numpy(table.cover_of.astype(np.int32)).to(device),
+        torch.from_numpy(table.n_replicas.astype(np.int32)).to(device),
+        cover_of_slot,
+        np.array([table.expert[slots[0]] for slots in table.covers]),
+    )
+
+
+@dataclass(frozen=True)
+class CudaRows:
+    """The answers of one dispatch and how to find a pair's among them."""
+
+    table: LayerTable
+    answers: Tensor  # [R, D] by slot
+    places: Tensor  # [T, K] int32, place of every pair among those sorted by cover
+    counts: np.ndarray  # [covers] pairs
+    slot_begin: np.ndarray  # [S + 1]
+    block: Block
+    dtype: torch.dtype = field(default=torch.float32)  # of the model
+
+    def by_cover(self) -> Tensor:
+        """[T * K, D]: the output of the expert of every pair, sorted by cover; in the model's dtype."""
+        if not self.table.cut:
+            return self.answers
+        whole = [self._whole(slots).to(self.dtype) for slots in self.table.covers]
+        return torch.cat(whole)
+
+    def _whole(self, slots: tuple[int, ...]) -> Tensor:
+        """The sum of a cover's parts, in the order of the tree over all leaves."""
+        begin = self.slot_begin
+        parts = {
+            (int(self.table.lo[s]), int(self.table.hi[s])): self.answers[int(begin[s]) : int(begin[s + 1])]
+            for s in slots
+        }
+        return tree_sum(lambda lo, hi: parts.get((lo, hi)), 0, int(self.table.hi[slots[-1]]))
+
+
+async def dispatch(
+    engine: CudaEngine,
+    on_gpu: CudaTable,
+    microbatch: int,
+    hidden: Tensor,
+    route: Route,
+    turns: Tensor,
+    most_rows: int,
+    key: StepKey = NO_STEP,
+) -> tuple[CudaRows, Future]:
+    """Send every row to the slots of its covers; the answers are there when the future is done.
+
+    Args:
+        hidden: [T, D] normalised rows, in the model's dtype.
+        route: [T, K], experts int32.
+        turns: [T] int64, sequence + position of every token.
+        most_rows: rows of a message, above which it is sent in pieces.
+        key: of the step, for the trace.
+    """
+    table = on_gpu.table
+    covers = cuda_rows.choose_covers(route.experts, turns, on_gpu.cover_of, on_gpu.n_replicas, table.layer)
+    pairs, places, device_counts = cuda_rows.sort_pairs(covers, len(table.covers))
+    if table.cut:
+        (counts,) = await engine.fetch(device_counts)
+        n = int(counts[on_gpu.cover_of_slot].sum())
+        rows, answers, block = await _reserve(engine, n, hidden.shape[1], table)
+        _pack(hidden, _by_slot(pairs, counts, on_gpu), route, rows)
+        await engine.passed(engine.mark())
+    else:
+        # The number of rows is known: they are packed before the host knows where they go.
+        rows, answers, block = await _reserve(engine, len(pairs), hidden.shape[1], table)
+        _pack(hidden, pairs, route, rows)
+        (counts,) = await engine.fetch(device_counts)
+    slot_begin, whole = plan_messages(counts[on_gpu.cover_of_slot], table)
+    messages = [piece for message in whole for piece in cut_into_pieces(message, most_rows)]
+    back = Future(sum(map(engine.notifications, messages)))
+    engine.recorder.dispatching = key
+    engine.recorder.lap(PACK, table.layer, key, len(rows))
+    for m in messages:
+        engine.send(m, table.layer, microbatch, rows[m.lo : m.hi], answers[m.lo : m.hi], back)
+    return CudaRows(table, answers, places, counts, slot_begin, block, engine.dtype), back
+
+
+async def _reserve(engine: CudaEngine, n: int, d: int, table: LayerTable) -> tuple[Tensor, Tensor, Block]:
+    """Room for n rows and their answers, in one block: who waits for room holds none."""
+    dtypes = engine.dtype, engine.answer_dtype(table)
+    sizes = [n * d * dtype.itemsize for dtype in dtypes]
+    block = await engine.room(block_bytes(sizes))
+    rows = engine.memory.rows(block, 0, n, d, dtypes[0])
+    return rows, engine.memory.rows(block, block_bytes(sizes[:1]), n, d, dtypes[1]), block
+
+
+def _pack(hidden: Tensor, pairs: Tensor, route: Route, rows: Tensor) -> None:
+    cuda_rows.gather(hidden, pairs, route.experts.shape[1], rows)
+
+
+def _by_slot(pairs: Tensor, counts: np.ndarray, on_gpu: CudaTable) -> Tensor:
+    """Pairs by slot, from pairs by cover: every slot of a cover gets all of its pairs."""
+    begin = np.concatenate([[0], np.cumsum(counts)])
+    return torch.cat([pairs[int(begin[c]) : int(begin[c + 1])] for c in on_gpu.cover_of_slot])
+
+
+def combine(engine: CudaEngine, x: Tensor, route: Route, rows: CudaRows) -> Tensor:
+    """Residual x [T, D] plus the weighted outputs of each token's experts: k ascending, float32, rounded once."""
+    combined = cuda_rows.combine(x, rows.by_cover(), rows.places, route.weights)
+    engine.give(rows.block)
+    return combined

@@ -1,0 +1,214 @@
+"""Every kernel of the GPU against a float64 reference, on random and odd shapes, and bits that see one row alone."""
+
+from __future__ import annotations
+
+import random as python_random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    pytest.skip("torch sees no GPU here", allow_module_level=True)
+
+from moempi.device import cuda_rows
+from moempi.device.cuda import Cuda
+from moempi.device.cuda_attention import attend, plan_tiles
+from moempi.device.cuda_products import TILES, Section, grouped_product, product
+from moempi.model import gate
+from moempi.model.attention import Span
+from moempi.model.cache import KVCache, pages_for
+
+DTYPES = [torch.float32, torch.bfloat16]
+# Relative to the norm of the reference: one rounding to the dtype, and sums in float32.
+CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
+
+
+def draw(random: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=random, device="cuda").to(dtype)
+
+
+def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Relative to the norm of what is expected; not a number where anything was not written."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 3, 20), (33, 64), (4, 128), (130, 7168), (2, 5, 129)])
+def test_rms_norm(random: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, weight = draw(random, *shape, dtype=dtype), draw(random, *shape[1:])
+    wide = x.double()
+    expected = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.double()
+    for out in DTYPES:
+        found = cuda_rows.rms_norm(x, weight, 1e-6, out)
+        assert found.dtype == out and error(found, expected) < CLOSE[out]
+        assert torch.equal(cuda_rows.rms_norm(x[-1:], weight, 1e-6, out), found[-1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows,f", [(0, 8), (1, 1), (7, 33), (64, 768), (300, 2048)])
+def test_swiglu(random: torch.Generator, rows: int, f: int, dtype: torch.dtype) -> None:
+    x = draw(random, rows, 2 * f, dtype=dtype) * 4
+    gated, up = x.double().chunk(2, dim=-1)
+    found = cuda_rows.swiglu(x)
+    assert found.shape == (rows, f) and found.dtype == dtype
+    if rows:
+        assert error(found, gated / (1 + torch.exp(-gated)) * up) < CLOSE[dtype]
+        assert torch.equal(cuda_rows.swiglu(x[-1:].clone()), found[-1:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens,k,d", [(1, 1, 1), (5, 2, 33), (64, 4, 128), (257, 8, 7168)])
+def test_sort_gather_combine(random: torch.Generator, tokens: int, k: int, d: int, dtype: torch.dtype) -> None:
+    """Rows go out by cover and come back: as torch sorts them, and the sum of a token in the order of k."""
+    n_covers = 11
+    covers = torch.randint(0, n_covers, (tokens, k), generator=random, device="cuda", dtype=torch.int32)
+    pairs, places, counts = cuda_rows.sort_pairs(covers, n_covers)
+    flat = covers.flatten().long()
+    assert torch.equal(pairs.long(), flat.argsort(stable=True))
+    assert torch.equal(counts, flat.bincount(minlength=n_covers))
+    assert torch.equal(places.flatten()[pairs.long()].long(), torch.arange(tokens * k, device="cuda"))
+    x, weights = draw(random, tokens, d, dtype=dtype), torch.rand(tokens, k, generator=random, device="cuda")
+    rows = poisoned(tokens * k, d, dtype=dtype)
+    cuda_rows.gather(x, pairs, k, rows)
+    assert torch.equal(rows, x[pairs.long() // k])
+    for answers in (rows * 3, rows.float() * 3):
+        found = cuda_rows.combine(x, answers, places, weights)
+        ordered = answers[places.flatten().long()].view(tokens, k, d)
+        expected = x.double() + (ordered.double() * weights.double().unsqueeze(-1)).sum(1)
+        assert error(found, expected) < CLOSE[dtype]
+        total = ordered[:, 0].float() * weights[:, :1]
+        for j in range(1, k):
+            total = total + ordered[:, j].float() * weights[:, j : j + 1]
+        assert torch.equal(found, (x.float() + total).to(dtype)), "not the bits of the order of k, rounded once"
+
+
+@pytest.mark.parametrize("tokens,e,k", [(1, 1, 1), (9, 5, 2), (33, 128, 8), (1000, 64, 6), (3, 3000, 9)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_choose_experts(random: torch.Generator, tokens: int, e: int, k: int, normalize: bool) -> None:
+    logits = draw(random, tokens, e)
+    experts, weights = cuda_rows.choose_experts(logits, k, normalize)
+    expected = gate.choose_experts(logits.cpu().double(), k, normalize)
+    assert torch.equal(experts.cpu().long(), expected.experts)
+    assert error(weights.cpu(), expected.weights) < 1e-5
+    alone = cuda_rows.choose_experts(logits[-1:].clone(), k, normalize)
+    assert torch.equal(alone[0], experts[-1:]) and torch.equal(alone[1], weights[-1:])
+
+
+def test_equal_scores_go_to_the_lowest_index() -> None:
+    experts, _ = cuda_rows.choose_experts(torch.zeros(3, 70, device="cuda"), 4, True)
+    assert experts.tolist() == [[0, 1, 2, 3]] * 3
+    tokens, logprobs = cuda_rows.greedy(torch.zeros(2, 5000, device="cuda"))
+    assert tokens.tolist() == [0, 0] and torch.allclose(logprobs.exp(), torch.tensor(1 / 5000, device="cuda"))
+
+
+def test_replicas_take_turns() -> None:
+    experts = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.int32, device="cuda")
+    cover_of = torch.tensor([[0, 0], [1, 2]], dtype=torch.int32, device="cuda")
+    replicas = torch.tensor([1, 2], dtype=torch.int32, device="cuda")
+    covers = cuda_rows.choose_covers(experts, torch.tensor([4, 5, 6], device="cuda"), cover_of, replicas, 1)
+    assert covers.tolist() == [[0, 2], [1, 0], [0, 2]]
+
+
+@pytest.mark.parametrize("s,v", [(1, 1), (3, 37), (65, 1024), (5, 151936)])
+def test_greedy(random: torch.Generator, s: int, v: int) -> None:
+    logits = draw(random, s, v) * 5
+    tokens, logprobs = cuda_rows.greedy(logits)
+    assert torch.equal(tokens, logits.argmax(-1))
+    expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.unsqueeze(1)).squeeze(1)
+    assert (logprobs.double() - expected).abs().max() < 1e-5
+    assert torch.equal(cuda_rows.greedy(logits[-1:].clone())[1], logprobs[-1:])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_shows(bad: float) -> None:
+    logits = torch.zeros(2, 100, device="cuda")
+    logits[1, 7] = bad
+    logprobs = cuda_rows.greedy(logits)[1]
+    assert logprobs[0].isfinite() and logprobs[1].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs,inputs", [(1, 1), (5, 7), (33, 65), (128, 64), (768, 2048), (300, 1000)])
+def test_exact_products(random: torch.Generator, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """The values of a product, and of every row the same bits for any number of rows, place and tile."""
+    weight, row = draw(random, outputs, inputs, dtype=dtype), draw(random, 1, inputs, dtype=dtype)
+    alone = product(row, weight)[0]
+    assert error(alone, row[0].double() @ weight.double().T) < CLOSE[dtype]
+    for n in (2, 3, 16, 63, 65, 128, 300):
+        x = draw(random, n, inputs, dtype=dtype)
+        for place in (0, n // 2, n - 1):
+            x[place] = row[0]
+        for tile in TILES[dtype]:
+            found = product(x, weight, tile)
+            assert error(found, x.double() @ weight.double().T) < CLOSE[dtype]
+            assert all(torch.equal(found[place], alone) for place in (0, n // 2, n - 1)), (n, tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outputs,inputs", [(24, 40), (33, 65), (512, 256)])
+def test_grouped_products_have_the_bits_of_single_ones(
+    random: torch.Generator, outputs: int, inputs: int, dtype: torch.dtype
+) -> None:
+    weights = draw(random, 4, outputs, inputs, dtype=dtype)
+    x, y = draw(random, 400, inputs, dtype=dtype), poisoned(400, outputs, dtype=dtype)
+    parts = [(2, 0, 70), (0, 70, 71), (3, 100, 230), (2, 230, 400)]
+    sections = [Section(w, hi - lo, lo * inputs, lo * outputs) for w, lo, hi in parts]
+    grouped_product(x.view(-1), weights, y.view(-1), sections)
+    for w, lo, hi in parts:
+        assert torch.equal(y[lo:hi], product(x[lo:hi].contiguous(), weights[w]))
+    assert y[71:100].isnan().all()
+
+
+LENGTHS = [1, 5, 63, 64, 65, 130, 200]
+
+
+def attention(data: list, dtype: torch.dtype, chunk: Callable[[], int]) -> list[Tensor]:
+    """Attention of all sequences, each taken through in chunks, all together."""
+    heads, (kv, dim) = data[0][0].shape[1], data[0][1].shape[1:]
+    cache = KVCache(1, kv, dim, 64 * sum(map(pages_for, LENGTHS)), dtype, torch.device("cuda"))
+    cache.keys.fill_(1e4)  # what an earlier owner of the pages has left
+    cache.values.fill_(1e4)
+    pages, done = [cache.take(n) for n in LENGTHS], [0] * len(LENGTHS)
+    outputs: list[list[Tensor]] = [[] for _ in LENGTHS]
+    while any(at < n for at, n in zip(done, LENGTHS, strict=True)):
+        taking = [(i, min(chunk(), n - done[i])) for i, n in enumerate(LENGTHS) if done[i] < n]
+        spans = [Span(done[i], done[i] + n, pages[i]) for i, n in taking]
+        taken = [tuple(x[s.begin : s.end] for x in data[i]) for (i, _), s in zip(taking, spans, strict=True)]
+        queries, keys, values = (torch.cat(parts) for parts in zip(*taken, strict=True))
+        plan = plan_tiles(spans, heads // kv).on(torch.device("cuda"))
+        cache.write(0, plan.write_pages, plan.write_offsets, keys, values)
+        found = attend(queries, cache.keys[0], cache.values[0], plan).split([n for _, n in taking])
+        for (i, n), part in zip(taking, found, strict=True):
+            outputs[i].append(part)
+            done[i] += n
+    return [torch.cat(parts) for parts in outputs]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("heads,kv,dim", [(4, 4, 32), (8, 2, 20), (3, 1, 16), (6, 3, 10), (32, 4, 128)])
+def test_attention(random: torch.Generator, heads: int, kv: int, dim: int, dtype: torch.dtype) -> None:
+    """Attention's values, and the same bits whole, in chunks, and a token at a time."""
+    data = [tuple(draw(random, n, h, dim) for h in (heads, kv, kv)) for n in LENGTHS]
+    rng = python_random.Random(7)
+    whole = attention(data, dtype, lambda: 1000)
+    for most in (1, 3, 16, 70):
+        found = attention(data, dtype, lambda most=most: rng.randint(1, most))
+        assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True)), most
+    for (q, k, v), mine in zip(data, whole, strict=True):
+        k, v = (x.to(dtype).repeat_interleave(heads // kv, dim=1) for x in (k, v))
+        q, k, v = (x.transpose(0, 1).double() for x in (q, k, v))
+        expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).reshape(len(mine), -1)
+        assert error(mine, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_the_device_tests_itself() -> None:
+    device = Cuda(0, "exact")
+    device.choose_products([(5, 7, torch.float32), (128, 64, torch.bfloat16), (128, 64, torch.float32)])
+    assert device.products == "fixed tiles" and Cuda(0, "fast").products == "cuBLAS"
