@@ -63,7 +63,7 @@ class Linear:
         padded = x.new_zeros(_up(rows), self._weight.shape[1])
         padded[:rows, :features] = x
         tiles = [F.linear(tile, self._weight) for tile in padded.split(TILE_ROWS)]
-        return torch.cat(tiles)[:rows, : self.shape[0]]
+        return torch.cat(tiles)[:rows, : self.shape[0]].contiguous()  # kernels read rows without gaps
 
 
 def padded_rows(rows: int) -> int:

@@ -6,6 +6,9 @@ bits of a row depend on the row alone, and on nothing of how a call was made.
 
 from __future__ import annotations
 
+from array import array
+from itertools import chain
+
 import torch
 from torch import Tensor
 
@@ -100,7 +103,7 @@ class SmallExpert:
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """[R, D] -> [R, D] of `dtype`: that of x, or float32."""
         out = torch.empty(x.shape, dtype=dtype)
-        run_experts([[x.data_ptr(), out.data_ptr(), len(x), *self.weights]], self, x.dtype, dtype)
+        run_experts([[x.data_ptr(), out.data_ptr(), x.shape[0], *self.weights]], self, x.dtype, dtype)
         return out
 
 
@@ -111,10 +114,10 @@ def run_experts(batches: list[list[int]], shape: SmallExpert, dtype: torch.dtype
         batches: addresses of rows and answers, number of rows, addresses of the expert's three matrices.
         dtype, out: of rows and of answers.
     """
-    table = torch.tensor(batches, dtype=torch.int64)
+    table = array("q", chain.from_iterable(batches))  # a tenth of what a tensor of the same costs
     room = BLOCK * (2 * padded(shape.d_model) + 2 * padded(shape.hidden))
     kernels_for(dtype).experts(
-        table.data_ptr(), len(batches), shape.d_model, shape.hidden, out == torch.float32, scratch(room)
+        table.buffer_info()[0], len(batches), shape.d_model, shape.hidden, out == torch.float32, scratch(room)
     )
 
 
@@ -157,7 +160,7 @@ def turn_heads(
     heads, dim = queries.shape[1:]
     kernels_for(rows.dtype).turn_heads(
         rows.data_ptr(),
-        len(rows),
+        rows.shape[0],
         heads,
         kv,
         dim,

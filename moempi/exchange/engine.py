@@ -348,14 +348,14 @@ class Engine:
     def answer(self, arrival: Arrival) -> None:
         """Send a complete answer home; local rows are home already."""
         if arrival.done is not None:
-            self.recorder.sent(ANSWER_KIND, arrival.layer, self.rank, len(arrival.rows), 0)
+            self.recorder.sent(ANSWER_KIND, arrival.layer, self.rank, arrival.rows.shape[0], 0)
             self.notify(arrival.done, self.rank)
             return
         payload = as_bytes(arrival.answer)
         send = arrival.reply or partial(self._channels.answers.Isend, dest=arrival.source, tag=arrival.tag)
         # The callback keeps the arrival, and with it the memory that is sent.
         self.requests.add(send(payload), lambda: self.arrivals.give(arrival.charged))
-        self.recorder.sent(ANSWER_KIND, arrival.layer, arrival.source, len(arrival.rows), payload.nbytes)
+        self.recorder.sent(ANSWER_KIND, arrival.layer, arrival.source, arrival.rows.shape[0], payload.nbytes)
 
     # ------------------------------------------------------------ lockstep, for comparison
 

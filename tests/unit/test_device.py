@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from moempi.device import cpu, cpu_rows
 from moempi.device.cpu import Cpu, Linear, padded_rows, row_is_independent
 from moempi.device.cpu_rows import SmallLinear, is_small
+from moempi.device.kernels import compiled
+from moempi.device.kernels.compiled import kernels
 from moempi.errors import MoempiError
 
 SHAPES = [(5, 7), (16, 128), (1, 1), (33, 17), (128, 64)]  # outputs, inputs
@@ -45,6 +51,7 @@ def test_products_of_a_row_see_only_that_row(outputs: int, inputs: int, dtype: t
     product = SmallLinear(weight) if kind == "small" else Linear(weight, packed=kind == "packed")
     row = torch.randn(inputs, generator=random).to(dtype)
     expected = product(row.unsqueeze(0))[0]
+    assert product(row.expand(3, -1).contiguous()).is_contiguous(), "kernels read rows without gaps"
     exact = row.double() @ weight.double().T
     assert torch.allclose(expected.double(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2)
     for threads in (1, 2) if kind == "packed" else (1,):
@@ -113,3 +120,21 @@ def test_no_exact_mode_where_both_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "row_is_independent", lambda shape, kind, threads: False)
     with pytest.raises(MoempiError, match="self-test failed"):
         Cpu(1).choose_products([(5, 7, torch.float32)])
+
+
+def test_numba_is_not_loaded_where_kernels_are_kept() -> None:
+    kernels(False)
+    code = "from moempi.device.kernels.compiled import kernels; kernels(False); import sys; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert "llvmlite" in shown.stdout.split() and "numba" not in shown.stdout.split()
+
+
+def test_kernels_are_compiled_where_none_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(compiled, "compile_kernels", lambda half: b"code")
+    assert compiled._object_code(False) == b"code"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert compiled._object_code(False) == b"code"
+    monkeypatch.setattr(compiled, "compile_kernels", lambda half: b"other")
+    assert compiled._object_code(False) == b"code" and compiled._object_code(True) == b"other"

@@ -94,7 +94,8 @@ def _object_code(half: bool) -> bytes:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept: `$XDG_CACHE_HOME/moempi`, or `~/.cache/moempi`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moempi"
+    home = Path(os.environ.get("HOME") or tempfile.gettempdir())
+    return Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache") / "moempi"
 
 
 def _write(path: Path, code: bytes) -> None:
