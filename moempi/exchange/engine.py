@@ -42,7 +42,7 @@ from moempi.stages import (
     RECEIVE,
 )
 
-EMPTY_POLLS = 20  # before the first sleep
+EMPTY_POLLS = 5  # before the first sleep; with more of them ranks that share a core keep it from each other
 SPIN = 2e-3  # seconds that a rank which has its cores to itself goes on looking before the first sleep
 SHORTEST_SLEEP = 50e-6
 SERVICE_INTERVAL = 1e-3  # seconds between two looks at control messages, which cost as much as those at rows
