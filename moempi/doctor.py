@@ -99,12 +99,14 @@ def products() -> Finding:
         from moempi.device.cpu import Cpu
 
         device = Cpu(1)
-        device.choose_products([(256, 128, torch.float32), (256, 128, torch.bfloat16)])
+        device.choose_products([(1024, 1024, torch.float32), (1024, 1024, torch.bfloat16)])
         processor = torch.backends.cpu.get_cpu_capability()
     except (ImportError, OSError, MoempiError) as error:
         return Finding("products", WRONG, str(error), "install a build of torch that fits this processor")
-    if device.packed:
+    if device.products == "packed":
         return Finding("products", FINE, f"packed oneDNN products keep a row's bits ({processor})")
+    if device.products == "pieces":
+        return Finding("products", FINE, f"packed oneDNN products keep a row's bits in short pieces ({processor})")
     return Finding(
         "products",
         NOTE,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from moempi import analysis, mpi
-from moempi.device.cpu import Cpu
+from moempi.device.cpu import PRODUCTS, Cpu
 from moempi.device.kernels import ARITHMETIC
 from moempi.device.seam import Device
 from moempi.errors import DataError, JobError, MoempiError
@@ -200,8 +200,7 @@ def _choose_gpu(topology: Topology, job: Job, shape: Shape) -> Device:
 def _choose_cpu(topology: Topology, job: Job, shape: Shape) -> Cpu:
     device = Cpu(topology.threads if job.run.threads == "auto" else job.run.threads)
     device.choose_products(product_shapes(shape.config, shape.dtype, job.model.leaves))
-    if not all(topology.world.allgather(device.packed)):
-        device.fall_back()
+    device.take_products(max(topology.world.allgather(device.products), key=PRODUCTS.index))
     return device
 
 

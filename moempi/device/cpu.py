@@ -2,14 +2,15 @@
 
 A result must not depend on the layout, so the bits of a row may depend neither on how many rows travel
 with it, nor on its place among them, nor on the number of threads. oneDNN products with packed weights
-have this property for two rows and more; `F.linear` has not. The operators are private to torch: only
+have this property for two rows and more, on some processors as long as the rows are few (with the tile instructions of
+AMX a long batch is summed in another order); `F.linear` has not. The operators are private to torch: only
 `_pack` and `_packed_product` here name them. Where the weight is small a product of these libraries costs what its
 call costs, and the kernels of `cpu_rows` take its place; so they do for all that is not a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import torch
@@ -24,7 +25,10 @@ from moempi.model.gate import Route, greedy
 
 TILE_ROWS = 16  # rows of a tile, and the multiple that features are padded to, where products are not packed
 PACK_ROWS = 16  # the row count that oneDNN chooses its blocking for; part of the bits
-SELF_TEST_ROWS = (2, 3, 5, 8, 17, 64, 67, 130)
+PIECE_ROWS = 32  # most rows of a packed product where longer batches change its bits
+# Kinds of products, the fastest first: packed, packed in pieces of PIECE_ROWS, padded tiles.
+PRODUCTS = ("packed", "pieces", "tiled")
+SELF_TEST_ROWS = (1, 2, 3, 5, 8, 17, 33, 48, 64, 67, 130, 257, 512, 640)
 
 
 class Linear:
@@ -32,22 +36,30 @@ class Linear:
 
     Args:
         weight: [O, I], float32 or bfloat16; packed, so that the caller can drop it.
-        packed: oneDNN with packed weights; else padded `F.linear` on tiles of 16 rows.
+        kind: one of PRODUCTS; packed and pieces: oneDNN with packed weights; tiled: padded `F.linear` on tiles of 16
+            rows.
     """
 
-    def __init__(self, weight: Tensor, *, packed: bool = True):
+    def __init__(self, weight: Tensor, kind: str = "packed"):
         self.shape = (weight.shape[0], weight.shape[1])
         self.dtype = weight.dtype
-        self.packed = packed
-        self._weight = _pack(weight) if packed else _pad_features(weight)
+        self.kind = kind
+        self._weight = _pad_features(weight) if kind == "tiled" else _pack(weight)
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[R, I] -> [R, O], in the weight's dtype, for any R including 0; `residual` [R, O] is added to it."""
         if x.shape[0] == 0:
             return x.new_empty(0, self.shape[0], dtype=self.dtype)
         x = x.to(self.dtype)
-        rows = self._packed_rows(x) if self.packed else self._tiled_rows(x)
+        rows = self._rows(x)
         return rows if residual is None else residual + rows
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if self.kind == "tiled":
+            return self._tiled_rows(x)
+        if self.kind == "packed" or len(x) <= PIECE_ROWS:
+            return self._packed_rows(x)
+        return torch.cat([self._packed_rows(piece) for piece in x.split(PIECE_ROWS)])
 
     def _packed_rows(self, x: Tensor) -> Tensor:
         rows = x.shape[0]
@@ -108,17 +120,12 @@ class Cpu:
 
     def __init__(self, threads: int = 1):
         self.threads = threads
-        self.packed = True
+        self.products = PRODUCTS[0]  # the kind of all large ones; the bits depend on it
         torch.set_num_threads(threads)
 
     def describe(self) -> str:
         """For people."""
         return "cpu"
-
-    @property
-    def products(self) -> str:
-        """Which kind of product; the bits depend on it."""
-        return "packed" if self.packed else "tiled"
 
     def place(self, tensor: Tensor) -> Tensor:
         """A tensor on this device: as it is."""
@@ -136,7 +143,7 @@ class Cpu:
         """A product with `weight` [O, I]: the kernels' own where it is small, else of the kind that the test chose."""
         if is_small(*weight.shape):
             return SmallLinear(weight)
-        return Linear(weight, packed=self.packed)
+        return Linear(weight, self.products)
 
     def has_small_experts(self, hidden: int, d_model: int) -> bool:
         """Whether an expert of so many hidden units is one kernel (`SmallExpert`)."""
@@ -159,28 +166,28 @@ class Cpu:
         return cpu_rows.choose_experts(logits, top_k, normalize)
 
     def choose_products(self, shapes: Iterable[tuple[int, int, torch.dtype]]) -> None:
-        """Self-test: keep packed products if every shape (O, I, dtype) holds, else fall back, and test again.
+        """Self-test: take the first kind of PRODUCTS whose bits hold for every shape (O, I, dtype).
 
         Raises:
-            MoempiError: neither kind of product keeps a row's bits on this machine.
+            MoempiError: no kind of product keeps a row's bits on this machine.
         """
         shapes = set(shapes)
         small = sorted({shape for shape in shapes if is_small(*shape[:2])}, key=str)
         large = sorted(shapes - set(small), key=str)
-        if _all_hold(large, "packed", threads=(1, 2)):
-            torch.set_num_threads(self.threads)
-        else:
-            self.fall_back()
-        if not (_all_hold(small, "small", (1,)) and (self.packed or _all_hold(large, "tiled", threads=(1,)))):
+        threads = {"tiled": (1,)}
+        held = next((kind for kind in PRODUCTS if _all_hold(large, kind, threads.get(kind, (1, 2)))), None)
+        if held is None or not _all_hold(small, "small", (1,)):
             raise MoempiError(
                 "the self-test failed: on this processor and torch build a row's bits depend on its neighbours, "
                 "so exact mode cannot keep its promise; try another torch build"
             )
+        self.take_products(held)
 
-    def fall_back(self) -> None:
-        """Padded tiles on one thread: for a rank that failed its self-test, and then for all ranks of the job."""
-        self.packed, self.threads = False, 1
-        torch.set_num_threads(1)
+    def take_products(self, kind: str) -> None:
+        """Compute with products of a kind of PRODUCTS: all ranks of a job take the same. Tiles hold on one thread."""
+        self.products = kind
+        self.threads = 1 if kind == "tiled" else self.threads
+        torch.set_num_threads(self.threads)
 
 
 def _all_hold(shapes: list[tuple[int, int, torch.dtype]], kind: str, threads: tuple[int, ...]) -> bool:
@@ -192,28 +199,24 @@ def _all_hold(shapes: list[tuple[int, int, torch.dtype]], kind: str, threads: tu
 
 @lru_cache(maxsize=256)
 def row_is_independent(shape: tuple[int, int, torch.dtype], kind: str, threads: tuple[int, ...]) -> bool:
-    """Whether one row keeps its bits over row counts, places and thread counts, for a weight [O, I] of a dtype.
+    """Whether rows keep their bits over row counts, places and thread counts, for a weight [O, I] of a dtype.
+
+    Many rows are compared, because rounding to bfloat16 hides most of what another order of summation changes.
 
     Args:
-        kind: of product: "small" (the kernels' own), "packed" or "tiled".
+        kind: "small" (the kernels' own), or one of PRODUCTS.
     """
     outputs, inputs, dtype = shape
     random = torch.Generator().manual_seed(outputs * 1000003 + inputs)
     weight = torch.randn(outputs, inputs, generator=random).to(dtype)
-    product = SmallLinear(weight) if kind == "small" else Linear(weight, packed=kind == "packed")
-    row = torch.randn(1, inputs, generator=random).to(dtype)
-    expected = product(row)[0]
-    return all(torch.equal(seen, expected) for seen in _sightings(product, row, random, threads))
-
-
-def _sightings(
-    product: Linear | SmallLinear, row: Tensor, random: torch.Generator, threads: tuple[int, ...]
-) -> Iterator[Tensor]:
+    product = SmallLinear(weight) if kind == "small" else Linear(weight, kind)
+    rows = torch.randn(SELF_TEST_ROWS[-1], inputs, generator=random).to(dtype)
+    torch.set_num_threads(1)
+    expected = torch.cat([product(tile) for tile in rows.split(TILE_ROWS)])
     for count in threads:
         torch.set_num_threads(count)
-        for rows in SELF_TEST_ROWS:
-            others = torch.randn(rows, row.shape[1], generator=random).to(row.dtype)
-            for place in {0, rows // 2, rows - 1}:
-                x = others.clone()
-                x[place] = row[0]
-                yield product(x)[place]
+        for n in SELF_TEST_ROWS:
+            lo = min(n, len(rows) - n)  # another place in the batch than in its tile
+            if not torch.equal(product(rows[lo : lo + n]), expected[lo : lo + n]):
+                return False
+    return True

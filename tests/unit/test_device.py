@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from moempi.device import cpu, cpu_rows
-from moempi.device.cpu import Cpu, Linear, padded_rows, row_is_independent
+from moempi.device.cpu import PIECE_ROWS, PRODUCTS, Cpu, Linear, padded_rows, row_is_independent
 from moempi.device.cpu_rows import SmallLinear, is_small
 from moempi.device.kernels import compiled
 from moempi.device.kernels.compiled import kernels
@@ -40,21 +40,21 @@ def no_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_rows, "SMALL", 0)
 
 
-@pytest.mark.parametrize("kind", ["small", "packed", "tiled"])
+@pytest.mark.parametrize("kind", ["small", *PRODUCTS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("outputs,inputs", SHAPES)
 def test_products_of_a_row_see_only_that_row(outputs: int, inputs: int, dtype: torch.dtype, kind: str) -> None:
-    if kind == "packed" and not packs(dtype):
+    if kind in ("packed", "pieces") and not packs(dtype):
         pytest.skip(f"this processor has no packed products of {dtype}; tiled ones take their place, and are tested")
     random = torch.Generator().manual_seed(outputs)
     weight = torch.randn(outputs, inputs, generator=random).to(dtype)
-    product = SmallLinear(weight) if kind == "small" else Linear(weight, packed=kind == "packed")
+    product = SmallLinear(weight) if kind == "small" else Linear(weight, kind)
     row = torch.randn(inputs, generator=random).to(dtype)
     expected = product(row.unsqueeze(0))[0]
     assert product(row.expand(3, -1).contiguous()).is_contiguous(), "kernels read rows without gaps"
     exact = row.double() @ weight.double().T
     assert torch.allclose(expected.double(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2)
-    for threads in (1, 2) if kind == "packed" else (1,):
+    for threads in (1,) if kind in ("small", "tiled") else (1, 2):
         torch.set_num_threads(threads)
         for n in (2, 3, 4, 7, 9, 16, 31, 64, 129):
             for place in (0, n // 2, n - 1):
@@ -90,9 +90,36 @@ def test_a_small_product_adds_to_the_residual_before_it_rounds(dtype: torch.dtyp
 def test_packed_products_are_chosen_where_they_hold(no_small_ones: None) -> None:
     device = Cpu(1)
     device.choose_products([(5, 7, torch.float32)])
-    assert device.packed
+    assert device.products == "packed"
     device.choose_products([(5, 7, torch.float32), (16, 8, torch.bfloat16)])
-    assert device.packed == packs(torch.bfloat16)
+    assert device.products == ("packed" if packs(torch.bfloat16) else "tiled")
+
+
+def test_pieces_where_long_batches_change_bits(no_small_ones: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dependent(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return (x.double() @ weight.double().T).float() + (len(x) > PIECE_ROWS)
+
+    monkeypatch.setattr(cpu, "_pack", lambda weight: weight)
+    monkeypatch.setattr(cpu, "_packed_product", dependent)
+    device = Cpu(2)
+    device.choose_products([(5, 7, torch.float32)])
+    assert device.products == "pieces" and device.threads == 2
+    product, x = device.linear(torch.randn(5, 7)), torch.randn(3 * PIECE_ROWS + 1, 7)
+    assert torch.equal(product(x), torch.cat([product(row.unsqueeze(0)) for row in x]))
+
+
+def test_the_self_test_sees_a_single_value_that_depends_on_the_row_count(
+    no_small_ones: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dependent(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        y = (x.double() @ weight.double().T).float()
+        y[-1, -1] += len(x) > 500
+        return y
+
+    monkeypatch.setattr(cpu, "_pack", lambda weight: weight)
+    monkeypatch.setattr(cpu, "_packed_product", dependent)
+    assert not row_is_independent((5, 7, torch.float32), "packed", (1,))
+    assert row_is_independent((5, 7, torch.float32), "pieces", (1,))
 
 
 @pytest.mark.parametrize("fault", ["missing", "dependent"])
@@ -112,8 +139,8 @@ def test_tiles_on_one_thread_where_packed_products_fail(
         monkeypatch.setattr(cpu, "_packed_product", dependent)
     device = Cpu(2)
     device.choose_products([(5, 7, torch.float32)])
-    assert not device.packed and device.threads == 1 and torch.get_num_threads() == 1
-    assert not device.linear(torch.randn(5, 7)).packed
+    assert device.products == "tiled" and device.threads == 1 and torch.get_num_threads() == 1
+    assert device.linear(torch.randn(5, 7)).kind == "tiled"
 
 
 def test_no_exact_mode_where_both_fail(monkeypatch: pytest.MonkeyPatch) -> None:
