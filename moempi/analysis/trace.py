@@ -16,7 +16,7 @@ import numpy as np
 from moempi.errors import DataError
 from moempi.files import schema
 from moempi.files.trace import fill_from_parts
-from moempi.files.trace_columns import SHAPE, groups_of
+from moempi.files.trace_columns import LEGENDS, SHAPE, groups_of
 from moempi.recorder import LEVELS
 
 Open = Callable[[], AbstractContextManager[h5py.File]]
@@ -64,6 +64,7 @@ class Trace:
             if self.level not in LEVELS:
                 raise DataError(f"{path}: level is {self.level!r}; expected one of {', '.join(LEVELS)}")
             self.n_ranks, self.n_layers, self.n_experts, self.top_k = (int(file.attrs[name]) for name in SHAPE)
+            _check_words(path, file)
 
     @cached_property
     def wall(self) -> Columns:
@@ -159,6 +160,18 @@ class Trace:
         except ValueError as error:
             raise DataError(f"{self.path}: /{name} is not JSON: {error}") from None
         return found if isinstance(found, dict) else {}
+
+
+def _check_words(path: Path, file: h5py.File) -> None:
+    """Refuse numbers that stand for other words than here: a version that had other stages wrote them."""
+    for group in ("sums", "traffic"):
+        for name in LEGENDS.keys() & file.get(group, {}).keys():
+            found, expected = schema.text_attribute(file[group][name], "legend"), ",".join(LEGENDS[name])
+            if found != expected:
+                raise DataError(
+                    f"{path}: /{group}/{name} stands for {found or 'unknown words'}; this version knows {expected}. "
+                    "Read it with the version that wrote it"
+                )
 
 
 def _column(group: h5py.Group, name: str) -> list[Any]:

@@ -279,6 +279,13 @@ def test_rows_that_no_expert_computed_are_named(run: Run) -> None:
     assert run.disagreements() == ["layer 1: rank 1 got 7 rows and computed 5"]
 
 
+def test_a_trace_whose_numbers_stand_for_other_words_is_refused(run: Run) -> None:
+    with h5py.File(run.path, "r+") as file:
+        schema.set_text_attribute(file["sums/stage"], "legend", "step,sing,wait")
+    with pytest.raises(DataError, match=r"/sums/stage stands for step,sing,wait; this version knows step,wait"):
+        analysis.load(run.path)
+
+
 def test_prefill_and_decode_are_apart(tmp_path: Path, clock: Ticking) -> None:
     path = tmp_path / "t.h5"
     notes = started("summary")
