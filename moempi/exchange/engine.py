@@ -27,6 +27,7 @@ from moempi.exchange.plan import Message, Tags, header_bytes
 from moempi.exchange.requests import Requests
 from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import PAUSE, Future, Slicer, Task
+from moempi.exchange.wire import as_bytes, frame, read_header
 from moempi.recorder import Recorder
 from moempi.stages import (
     ANSWER_KIND,
@@ -215,6 +216,8 @@ class Engine:
     def serve(self) -> None:
         """One expert call, and the answers that are complete with it."""
         begin = time.perf_counter_ns()
+        # The lap of the expert begins where the last one ended, a little before rows that have just been put here.
+        self.experts.since = min(self.experts.since, self.recorder.since)
         layer, rows, finished = self.experts.serve(self.slicer.size(EXPERT))
         self.slicer.learn(EXPERT, rows, begin)
         self.recorder.lap(EXPERT, layer, tokens=rows)
@@ -374,28 +377,3 @@ class Engine:
         self.requests.add(self._channels.barrier.Iallreduce(votes, counts), lambda: self.notify(done))
         await done
         return counts.tolist()
-
-
-# ---------------------------------------------------------------- messages as bytes
-
-
-def as_bytes(tensor: Tensor) -> np.ndarray:
-    """The bytes of a contiguous tensor, without a copy: uint8 [nbytes]."""
-    return tensor.view(-1).view(torch.uint8).numpy()
-
-
-def frame(rows: Tensor, rows_per_slot: tuple[int, ...]) -> np.ndarray:
-    """The message of rows [R, D]: the rows as they lie, behind a header where the receiver has several slots."""
-    header = header_bytes(len(rows_per_slot))
-    body = as_bytes(rows)
-    if not header:
-        return body
-    message = np.zeros(header + body.nbytes, dtype=np.uint8)
-    message[: 4 * len(rows_per_slot)] = np.array(rows_per_slot, dtype="<i4").view(np.uint8)
-    message[header:] = body
-    return message
-
-
-def read_header(buffer: Tensor, n_slots: int) -> tuple[int, ...]:
-    """Rows per slot, from the head of a message."""
-    return tuple(buffer[: 4 * n_slots].numpy().view("<i4").tolist())

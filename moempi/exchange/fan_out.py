@@ -12,12 +12,13 @@ from torch import Tensor
 
 from moempi.exchange.account import Account
 from moempi.exchange.arrivals import Arrival
-from moempi.exchange.engine import Engine, as_bytes
+from moempi.exchange.engine import Engine
 from moempi.exchange.hops import Hops, Sizes, Turns
 from moempi.exchange.inbox import Inbox, Received
 from moempi.exchange.lane import Group, Lanes, Parcelled
 from moempi.exchange.relay_wire import Frame, Name, empty_return, read_parcels, return_bytes, write_fan_out
 from moempi.exchange.tasks import Future
+from moempi.exchange.wire import as_bytes
 from moempi.stages import DISPATCH_KIND, NO_STEP, RELAY_KIND, RETURN_KIND
 
 

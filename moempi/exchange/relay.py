@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moempi.exchange.arrivals import Arrival
-from moempi.exchange.engine import Engine, as_bytes
+from moempi.exchange.engine import Engine
 from moempi.exchange.fan_out import FanOut
 from moempi.exchange.forwarder import Done, Forwarder
 from moempi.exchange.hops import Hops, Sizes, Turns
@@ -27,6 +27,7 @@ from moempi.exchange.relay_plan import Parcel, Ways, pack_parcels, parcel_rows, 
 from moempi.exchange.relay_wire import Name, read_fan_out, read_parcels, return_rows, write_parcel
 from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import Future
+from moempi.exchange.wire import as_bytes
 from moempi.stages import COLLECT_KIND, DELIVER_KIND, DISPATCH_KIND
 
 

@@ -124,7 +124,8 @@ def test_messages_have_their_peer_and_bytes(ran: list[tuple[Ran, analysis.Trace]
 def test_every_wait_has_a_rank_that_it_was_for(ran: list[tuple[Ran, analysis.Trace]]) -> None:
     for one, trace in ran:
         answers, waits = analysis.waits_matrix(trace, "answers"), analysis.waits_matrix(trace, "waits")
-        assert np.array_equal(answers, analysis.received_matrix(trace, "answer", "messages").T), str(one.layout)
+        if "exchange.route" not in one.layout.options:  # relays bring several answers in one message
+            assert np.array_equal(answers, analysis.received_matrix(trace, "answer", "messages").T), str(one.layout)
         steps, moe_layers = analysis.spans_per_stage(trace)[:, STEP], 2
         assert waits.sum(axis=1).tolist() == (steps * moe_layers).tolist(), str(one.layout)
         exposed = analysis.waits_matrix(trace, "exposed_time").sum(axis=1)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from moempi.exchange.engine import frame, read_header
 from moempi.exchange.plan import Message, Tags, cut_into_pieces, header_bytes, message_pieces, plan_dispatch
 from moempi.exchange.predict import RowSizes, messages_from_routes
 from moempi.exchange.slots import LayerTable, layer_tables
+from moempi.exchange.wire import frame, read_header
 from moempi.planning.placement import Placement, cut_expert
 
 
