@@ -15,6 +15,8 @@ LEAST_REST = 0.005  # share of the time that is worth a line
 QUIET = 0.1  # cores that other programs may use on a machine that counts as quiet
 
 Runs = list[dict[str, Any]]
+Layout = tuple[int, int]  # ranks, homes
+PEER: Layout = (0, 0)  # transformers
 
 
 def render(results: dict[str, Any]) -> str:
@@ -68,25 +70,26 @@ def rates(results: dict[str, Any]) -> str:
     """New tokens per second of every system, and how it stands to transformers."""
     dtypes = sorted({run["dtype"] for run in results["runs"]}, reverse=True)  # float32 first
     rows = []
-    for n in [0, *rank_counts(results)]:
-        cells = [f"moempi, {n} rank{'s' * (n > 1)}" if n else "transformers"]
+    for layout in [PEER, *layouts(results)]:
+        cells = ["transformers" if layout == PEER else f"moempi, {layout_name(*layout)}"]
         for dtype in dtypes:
-            runs, peer = chosen(results, n, dtype), chosen(results, 0, dtype)
+            runs, peer = chosen(results, layout, dtype), chosen(results, PEER, dtype)
             found = [run["tokens_per_second"] for run in runs]
             ratio = median(found) / median(run["tokens_per_second"] for run in peer)
             spread = f" ({min(found):.0f} to {max(found):.0f})" * (len(found) > 1)
-            cells.append(f"{median(found):.0f}{spread}" + f", {ratio:.2f} x" * (n > 0))
-        start = median(run["start_seconds"] for dtype in dtypes for run in chosen(results, n, dtype))
+            cells.append(f"{median(found):.0f}{spread}" + f", {ratio:.2f} x" * (layout != PEER))
+        start = median(run["start_seconds"] for dtype in dtypes for run in chosen(results, layout, dtype))
         rows.append([*cells, f"{start:.1f}"])
     return table(["new tokens/s", *dtypes, "start-up, s"], rows)
 
 
 def profile(results: dict[str, Any]) -> str:
     """Milliseconds of every stage per forward step of a rank, and their share of the run."""
-    counts = rank_counts(results)
+    measured = layouts(results)
     dtype = min(run["dtype"] for run in results["runs"])  # bfloat16: what the weights are stored in
     columns = [
-        shares([run["stage_seconds"] for run in runs], runs) for runs in (chosen(results, n, dtype) for n in counts)
+        shares([run["stage_seconds"] for run in runs], runs)
+        for runs in (chosen(results, layout, dtype) for layout in measured)
     ]
     stages = sorted(
         {stage for column in columns for stage in column}, key=lambda s: (s == "rest", -columns[-1].get(s, (0, 0))[0])
@@ -97,7 +100,7 @@ def profile(results: dict[str, Any]) -> str:
         [stage, *(f"{column[stage][0]:.2f} ({column[stage][1]:.0%})" if stage in column else "" for column in columns)]
         for stage in stages
     ]
-    head = [f"ms per step, {dtype}", *(f"{n} rank{'s' * (n > 1)}" for n in counts)]
+    head = [f"ms per step, {dtype}", *(layout_name(*layout) for layout in measured)]
     note = (
         "[traces.md](traces.md) says what each stage is. Waiting for a core, where there are more ranks than cores, "
         "lengthens all of them."
@@ -123,32 +126,58 @@ def calls(results: dict[str, Any]) -> str:
     """How often experts are called: once per layer and step each would be the least."""
     rows = []
     dtype = min(run["dtype"] for run in results["runs"])
-    for n in rank_counts(results):
-        runs = chosen(results, n, dtype)
+    for layout in layouts(results):
+        runs = chosen(results, layout, dtype)
         steps = median(max(run["steps"]) for run in runs)
         per_step = median(sum(run["expert_calls"]) / (run["moe_layers"] * max(run["steps"])) for run in runs)
         rows_per_call = median(sum(run["expert_rows"]) / sum(run["expert_calls"]) for run in runs)
         call = median(1e6 * run["stage_seconds"]["expert"] / sum(run["expert_calls"]) for run in runs)
-        rows.append([str(n), f"{steps:.0f}", f"{per_step:.1f}", f"{rows_per_call:.1f}", f"{call:.0f}"])
+        bound = 1e3 * median(bytes_read(results, run) / results["bytes_per_second"] / max(run["steps"]) for run in runs)
+        whole = 1e3 * median(run["seconds"] / max(run["steps"]) for run in runs)
+        figures = [f"{steps:.0f}", f"{per_step:.1f}", f"{rows_per_call:.1f}", f"{call:.0f}"]
+        rows.append([layout_name(*layout), *figures, f"{whole:.1f}", f"{bound:.2f}"])
     experts = next(run["n_experts"] for run in results["runs"] if run["ranks"])
     head = [
-        "ranks",
-        "steps of the busiest rank",
+        "layout",
+        "steps of the busiest home",
         f"expert calls per (layer, step), {experts} experts",
         "rows per call",
         "us per call",
+        "ms per step",
+        "memory-bound, ms per step",
     ]
-    return table(head, rows)
+    note = (
+        f"Memory-bound: the weights that all calls of experts and all steps read, each time anew, at the "
+        f"{results['bytes_per_second'] / 1e9:.1f} GB/s at which these cores read memory together. tinymoe's weights "
+        "fit the cache, so that a step can take less."
+    )
+    return f"{table(head, rows)}\n\n{note}"
 
 
-def rank_counts(results: dict[str, Any]) -> list[int]:
-    """Ranks that moempi was measured on, ascending."""
-    return sorted({run["ranks"] for run in results["runs"]} - {0})
+def bytes_read(results: dict[str, Any], run: dict[str, Any]) -> float:
+    """Bytes of weights that a run read if every call of an expert, and every step of a home, read its own anew."""
+    expert, shared = results["weight_bytes"][run["dtype"]]
+    return float(sum(run["expert_calls"]) * expert + sum(run["steps"]) * shared)
 
 
-def chosen(results: dict[str, Any], ranks: int, dtype: str) -> Runs:
-    """The rounds of one system; 0 ranks: transformers."""
-    return [run for run in results["runs"] if run["ranks"] == ranks and run["dtype"] == dtype]
+def layouts(results: dict[str, Any]) -> list[Layout]:
+    """(ranks, homes) that moempi was measured on, ascending, most homes first."""
+    return sorted({of(run) for run in results["runs"]} - {PEER}, key=lambda layout: (layout[0], -layout[1]))
+
+
+def layout_name(ranks: int, homes: int) -> str:
+    """In words."""
+    return f"{ranks} rank{'s' * (ranks > 1)}" + f", {homes} homes" * (homes < ranks)
+
+
+def of(run: dict[str, Any]) -> Layout:
+    """Ranks and homes of a run."""
+    return run["ranks"], run["homes"]
+
+
+def chosen(results: dict[str, Any], layout: Layout, dtype: str) -> Runs:
+    """The rounds of one system."""
+    return [run for run in results["runs"] if of(run) == layout and run["dtype"] == dtype]
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

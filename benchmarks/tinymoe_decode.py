@@ -21,17 +21,21 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
-from decode_report import put_into, render
+import torch
+from decode_report import layout_name, put_into, render
 
 from moempi import analysis
 from moempi.files.export_weights import export_checkpoint
 from moempi.files.inputs import Prompts, read_inputs, write_inputs
 from moempi.files.make_inputs import make_inputs
 from moempi.files.schema import environment
+from moempi.files.weights import open_weights
 from moempi.launch import this_program
+from moempi.planning import memory
 from moempi.recorder import STAGES
 
 HERE = Path(__file__).resolve().parent
@@ -47,10 +51,11 @@ _THREAD_SETTINGS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")
 
 @dataclass(frozen=True)
 class System:
-    """What is measured: moempi on so many ranks, or (0 ranks) transformers with one of its implementations."""
+    """What is measured: moempi on so many ranks and homes, or (0 ranks) transformers and its implementation."""
 
     dtype: str
     ranks: int = 0
+    homes: int = 0
     experts: str = ""
 
 
@@ -72,7 +77,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
         with tempfile.TemporaryDirectory(prefix="moempi-bench-") as folder:
             setting = Setting(Path(folder), given.prompts, given.new_tokens, len(os.sched_getaffinity(0)))
-            results = {"command": command_of(given), **measure(setting, given.ranks, given.runs)}
+            results = {"command": command_of(given), **measure(setting, layouts(given.ranks, given.homes), given.runs)}
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps(results, indent=1) + "\n")
     print(render(results))
@@ -84,6 +89,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="rounds; each measures every system once")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 8, 16])
+    parser.add_argument("--homes", type=int, default=4, help="more ranks than this are measured with so many homes too")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--cores", type=int, default=2, help="of this machine that everything runs on")
@@ -97,12 +103,17 @@ def command_of(given: argparse.Namespace) -> str:
     """The command that measures the same again."""
     ranks = " ".join(map(str, given.ranks))
     return (
-        f"python benchmarks/tinymoe_decode.py --runs {given.runs} --ranks {ranks} --prompts {given.prompts} "
-        f"--new-tokens {given.new_tokens} --cores {given.cores}"
+        f"python benchmarks/tinymoe_decode.py --runs {given.runs} --ranks {ranks} --homes {given.homes} "
+        f"--prompts {given.prompts} --new-tokens {given.new_tokens} --cores {given.cores}"
     )
 
 
-def measure(setting: Setting, ranks: list[int], rounds: int) -> dict[str, Any]:
+def layouts(ranks: list[int], homes: int) -> list[tuple[int, int]]:
+    """(ranks, homes) that are measured: every rank a home, and where that are more than `homes`, only so many."""
+    return [(n, h) for n in ranks for h in ((n, homes) if n > homes else (n,))]
+
+
+def measure(setting: Setting, shapes: list[tuple[int, int]], rounds: int) -> dict[str, Any]:
     """All figures, JSON-ready."""
     results: dict[str, Any] = {
         "machine": machine(setting.cores),
@@ -110,9 +121,12 @@ def measure(setting: Setting, ranks: list[int], rounds: int) -> dict[str, Any]:
         "prompt_tokens": write_files(setting),
         "new_tokens": setting.new_tokens,
         "mode": "exact",
+        "bytes_per_second": memory_rate(setting.cores),
+        "weight_bytes": weight_bytes(INPUTS / "tinymoe.h5"),
     }
     results["tried"] = tried = [try_experts(setting, System(d, experts=e)) for d in DTYPES for e in EXPERTS]
-    systems = [System(d, experts=fastest(tried, d)) for d in DTYPES] + [System(d, n) for n in ranks for d in DTYPES]
+    systems = [System(d, experts=fastest(tried, d)) for d in DTYPES]
+    systems += [System(d, n, homes) for n, homes in shapes for d in DTYPES]
     results["runs"] = []
     for r in range(rounds):
         first = r * len(systems) // rounds
@@ -190,7 +204,9 @@ def run_moempi(setting: Setting, system: System) -> dict[str, Any]:
         max_new_tokens = {setting.new_tokens}
         stop_at_eos = false
         [run]
-        capacity = {-(-setting.prompts // system.ranks)}
+        capacity = {-(-setting.prompts // system.homes)}
+        [admission]
+        homes = {system.homes}
         """
     )
     found = run(this_program("run", str(job), "-n", str(system.ranks), "--overwrite", "--json"))
@@ -249,6 +265,26 @@ def machine(cores: int) -> dict[str, Any]:
     }
 
 
+def memory_rate(cores: int) -> float:
+    """Bytes per second at which so many cores together read memory: median of five sums of a GiB."""
+    numbers, seconds = torch.ones(2**28), []
+    torch.set_num_threads(cores)
+    for _ in range(5):
+        begin = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - begin)
+    return numbers.nbytes / median(seconds)
+
+
+def weight_bytes(path: Path) -> dict[str, tuple[int, int]]:
+    """By dtype: bytes of an expert's weights, and of all that are not experts'."""
+    config = open_weights(path).config
+    return {
+        dtype: (memory.slot_bytes(config, nbytes), memory.shared_bytes(config, nbytes))
+        for dtype, nbytes in (("float32", 4), ("bfloat16", 2))
+    }
+
+
 def version_of(package: str) -> str:
     """Installed version of a package, or "" without it."""
     try:
@@ -260,7 +296,7 @@ def version_of(package: str) -> str:
 def name_of(system: System) -> str:
     """For messages."""
     who = (
-        f"moempi, {system.ranks} rank{'s' * (system.ranks > 1)}" if system.ranks else f"transformers, {system.experts}"
+        f"moempi, {layout_name(system.ranks, system.homes)}" if system.ranks else f"transformers, {system.experts}"
     )
     return f"{who}, {system.dtype}"
 

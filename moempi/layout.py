@@ -81,7 +81,7 @@ def lay_out(
         JobError, DataError: the placement file does not belong to this job, or its mode is not to be had.
     """
     nbytes = {"float32": 4, "bfloat16": 2}[dtype]
-    homes = home_ranks(job.admission.policy, n_ranks)
+    homes = home_ranks(job.admission.policy, job.admission.homes, n_ranks)
     # Fewer sequences than places: what a home really holds decides.
     held = min(job.run.capacity, -(-len(positions) // len(homes)))
     n_microbatches = _microbatches(job, config, n_ranks, held)

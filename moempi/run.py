@@ -101,9 +101,8 @@ def build_router(comm: MPI.Intracomm, job: Job, found: Found | None, writer: Out
     def keep(completion: Completion) -> None:
         writer.put(completion)
 
-    return Router(
-        assignments(found, writer), comm.size, job.run.capacity, job.admission.policy, keep=keep, commit=writer.commit
-    )
+    homes, left = found.shape.layout.homes, assignments(found, writer)
+    return Router(left, comm.size, homes, job.run.capacity, keep=keep, commit=writer.commit)
 
 
 def work(comm: MPI.Intracomm, rank: Rank, service: Service, *, lockstep: bool) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 
 def largest_first(work: Mapping[int, int]) -> list[int]:
@@ -32,6 +33,9 @@ def first_deal(
     return deal
 
 
-def home_ranks(policy: str, n_ranks: int) -> list[int]:
-    """Ranks that take sequences: all for "balanced", rank 0 alone for "rank0"."""
-    return [0] if policy == "rank0" else list(range(n_ranks))
+def home_ranks(policy: str, most: int | Literal["all"], n_ranks: int) -> list[int]:
+    """Ranks that take sequences: rank 0 alone for "rank0"; for "balanced" all, or `most` of them, spread evenly."""
+    if policy == "rank0":
+        return [0]
+    n_homes = n_ranks if most == "all" else min(most, n_ranks)
+    return [i * n_ranks // n_homes for i in range(n_homes)]

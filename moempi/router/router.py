@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from moempi.files.completions import Completion
-from moempi.router.admission import first_deal, home_ranks, largest_first
+from moempi.router.admission import first_deal, largest_first
 from moempi.router.messages import Assignment, Done, Drain, Drained, DrainWanted, End, ToHome, ToRouter, Want, Work
 
 Outgoing = list[tuple[int, ToHome]]  # (rank, message)
@@ -22,7 +22,9 @@ class Router:
 
     Args:
         assignments: every sequence that is not finished yet, by row of the input.
-        n_ranks, capacity, policy: which homes there are and what they hold.
+        n_ranks: of the job; all of them hear its end.
+        homes: ranks that take sequences.
+        capacity: sequences that a home works on at the same time.
         keep: called with every completion, finished or partial.
         commit: called once before the end is announced; returns when all that was kept is safe.
     """
@@ -31,12 +33,12 @@ class Router:
         self,
         assignments: Mapping[int, Assignment],
         n_ranks: int,
+        homes: Sequence[int],
         capacity: int,
-        policy: str,
         keep: Callable[[Completion], None],
         commit: Callable[[], None],
     ):
-        self.n_ranks, self.capacity, self.homes = n_ranks, capacity, home_ranks(policy, n_ranks)
+        self.n_ranks, self.homes, self.capacity = n_ranks, tuple(homes), capacity
         self.finished = 0
         self.new_tokens = 0
         self.draining = self.ended = False

@@ -28,7 +28,7 @@ FREE: dict[str, list[Any]] = {
     "exchange.piece_bytes": [2**28, 2**28, 1, 600],
     "exchange.arrival_budget": [2**28, 0],
     "engine.slice": [0.002, 1e-6],
-    "admission.policy": ["balanced", "balanced", "balanced", "balanced", "rank0"],
+    "admission.homes": ["all", "all", 1, 3],
     "prefill": [(512, 8), (1, 1), (3, 2), (16, 8), (50, 3), (8, 5)],  # tokens of a step, sequences at a time
     "pieces": [2, 4, 2],  # of two experts, where the model has leaves for them
 }

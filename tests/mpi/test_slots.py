@@ -35,6 +35,7 @@ SLOTS: dict[str, tuple[int, list[Layout]]] = {
     "in pieces": (6, [Layout(4, ROUTES | {"exchange.piece_bytes": 300, "run.microbatches": 3})]),
     "an expert on two ranks": (6, [Layout(4, ROUTES | {"placement.replicas": 0}, ((0, 2, 2), (1, 0, 4)))]),
     "rank 0 the only home": (6, [Layout(4, ROUTES | {"admission.policy": "rank0"})]),
+    "some homes": (6, [Layout(4, ROUTES | {"admission.homes": 2}), Layout(16, ROUTES | {"admission.homes": 5})]),
     "lockstep": (6, [Layout(4, ROUTES | {"exchange.lockstep": True})]),
 }
 

@@ -59,5 +59,8 @@ def test_fewer_sequences_than_homes() -> None:
 
 
 def test_homes() -> None:
-    assert home_ranks("balanced", 3) == [0, 1, 2]
-    assert home_ranks("rank0", 3) == [0]
+    assert home_ranks("balanced", "all", 3) == [0, 1, 2]
+    assert home_ranks("balanced", 5, 3) == [0, 1, 2]
+    assert home_ranks("balanced", 3, 8) == [0, 2, 5]
+    assert home_ranks("balanced", 1, 8) == [0]
+    assert home_ranks("rank0", "all", 3) == [0]

@@ -155,7 +155,7 @@ def test_a_pipe_is_no_terminal() -> None:
 
 def test_the_router_expects_fewer_tokens_when_a_sequence_ends_early() -> None:
     work = {0: Assignment(0, [1, 2], 2, 10, []), 1: Assignment(1, [1, 2, 3], 2, 10, [0.5])}
-    router = Router(work, 1, 2, "balanced", keep=lambda _: None, commit=lambda: None)
+    router = Router(work, 1, [0], 2, keep=lambda _: None, commit=lambda: None)
     router.start()
     assert router.expected == 10 + 9
     router.handle(0, done(0, 4, "eos"))

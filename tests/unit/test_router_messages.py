@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -13,10 +15,11 @@ from moempi.router.router import Outgoing, Router
 class Bench:
     """A router over sequences of the given work, and what it did to the writer, in order."""
 
-    def __init__(self, work: list[int], n_ranks: int = 2, capacity: int = 2, policy: str = "balanced") -> None:
+    def __init__(self, work: list[int], n_ranks: int = 2, capacity: int = 2, homes: Sequence[int] = ()) -> None:
         self.events: list[str] = []
         assignments = {row: Assignment(row, [1], 1, new - 1, []) for row, new in enumerate(work)}
-        self.router = Router(assignments, n_ranks, capacity, policy, self.keep, lambda: self.events.append("commit"))
+        homes = homes or range(n_ranks)
+        self.router = Router(assignments, n_ranks, homes, capacity, self.keep, lambda: self.events.append("commit"))
 
     def keep(self, completion: Completion) -> None:
         self.events.append(f"{completion.index} {completion.finish_reason}")
@@ -45,8 +48,8 @@ def test_start_hands_out_the_largest_first_and_evens_the_homes_out() -> None:
     assert handed(bench.router.start()) == {0: [2, 1], 1: [0, 4]}
 
 
-def test_rank0_is_the_only_home_of_its_policy_and_all_ranks_hear_the_end() -> None:
-    bench = Bench([5, 3, 9], n_ranks=3, policy="rank0")
+def test_only_homes_get_sequences_and_all_ranks_hear_the_end() -> None:
+    bench = Bench([5, 3, 9], n_ranks=3, homes=[0])
     assert handed(bench.router.start()) == {0: [2, 0]}
     assert handed(bench.router.handle(0, Want(5))) == {0: [1]}
     assert bench.router.handle(0, done(0, 1, 2)) == ends(3)
@@ -90,7 +93,7 @@ def test_what_cannot_be_committed_is_not_announced() -> None:
     def fail() -> None:
         raise OSError("disk full")
 
-    router = Router({0: Assignment(0, [1], 1, 1, [])}, 2, 1, "balanced", lambda completion: None, fail)
+    router = Router({0: Assignment(0, [1], 1, 1, [])}, 2, [0, 1], 1, lambda completion: None, fail)
     router.start()
     with pytest.raises(OSError, match="disk full"):
         router.handle(0, done(0))
@@ -126,7 +129,7 @@ def test_a_drain_waits_for_the_homes_even_when_everything_finishes_meanwhile() -
 
 
 def test_a_drain_of_rank0_asks_the_only_home() -> None:
-    bench = Bench([4, 4], n_ranks=3, policy="rank0")
+    bench = Bench([4, 4], n_ranks=3, homes=[0])
     bench.router.start()
     assert bench.router.handle(2, DrainWanted()) == [(0, Drain())]
     assert bench.router.handle(0, Drained()) == ends(3)
@@ -134,7 +137,7 @@ def test_a_drain_of_rank0_asks_the_only_home() -> None:
 
 def test_tokens_of_an_earlier_run_are_not_counted_again() -> None:
     resumed = {0: Assignment(0, [5, 6, 7], 1, 3, [-0.1, -0.2])}
-    router = Router(resumed, 1, 1, "balanced", lambda completion: None, lambda: None)
+    router = Router(resumed, 1, [0], 1, lambda completion: None, lambda: None)
     router.start()
     router.handle(0, done(0))
     assert (router.finished, router.new_tokens) == (1, 1)
