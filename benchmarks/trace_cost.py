@@ -46,7 +46,7 @@ def main() -> None:
         results = begin(given)
         with tempfile.TemporaryDirectory(prefix="moempi-bench-") as folder:
             write_files(Path(folder), results)
-            measure(Path(folder), results, given.pairs, given.json)
+            measure(Path(folder), results, given.levels, given.pairs, given.json)
     print(render(results))
     if given.doc:
         put_into(given.doc, render(results), NAME)
@@ -55,6 +55,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=9, help="of runs, for every level")
+    parser.add_argument("--levels", nargs="+", default=list(LEVELS[1:]), choices=LEVELS[1:])
     parser.add_argument("--model", type=Path, default=HERE / "model-441m.json", help="config.json of random weights")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--ranks", type=int, default=2)
@@ -92,11 +93,11 @@ def write_files(folder: Path, results: dict[str, Any]) -> None:
     write_inputs(folder / "prompts.h5", Prompts([str(i) for i in range(n)], tokens, None, np.zeros(n, np.int32)), {})
 
 
-def measure(folder: Path, results: dict[str, Any], pairs: int, raw: Path) -> None:
+def measure(folder: Path, results: dict[str, Any], levels: list[str], pairs: int, raw: Path) -> None:
     """Add the pairs that are missing, and keep the raw figures after each."""
     done = {(pair["level"], pair["number"]) for pair in results["pairs"]}
     for number in range(pairs):
-        for level in LEVELS[1:]:
+        for level in levels:
             if (level, number) in done:
                 continue
             pair = measure_pair(folder, results, level, number)

@@ -29,7 +29,8 @@ def main() -> None:
     ).eval()
     loaded = time.perf_counter()
     tokens, mask = pad_left([torch.from_numpy(row).long() for row in read_inputs(given.prompts).tokens])
-    generate(model, tokens, mask, WARM_UP)
+    if given.warm_up:
+        generate(model, tokens, mask, given.warm_up)
     ready = time.perf_counter()
     generate(model, tokens, mask, given.new_tokens)
     seconds = time.perf_counter() - ready
@@ -56,6 +57,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--experts", required=True, help="its experts_implementation")
     parser.add_argument("--new-tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="new tokens before the clock starts")
     return parser.parse_args()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from moempi.device.cpu import Cpu
 from moempi.device.seam import Device
 from moempi.exchange.arrivals import Experts, SlotKey
+from moempi.exchange.doorbell import hang_doorbells
 from moempi.exchange.engine import SPIN, Channels, Engine, Limits
 from moempi.exchange.hops import Sizes, build_hops, row_bytes
 from moempi.exchange.relay import Relay
@@ -78,6 +79,7 @@ def build_rank(
         ),
         recorder,
     )
+    engine.requests.bell = hang_doorbells(world)
     relay = build_relay(topology, shape, tables, engine)
     control = Control(world.Dup(), engine.requests)
     home = Home(

@@ -152,7 +152,7 @@ def _refuse_singletons(world: int, launched: int, library: str) -> None:
     )
 
 
-def meet(comm: MPI.Intracomm) -> None:
+def meet(comm: MPI.Comm) -> None:
     """A barrier that sleeps between looks: ranks that wait for a busy one leave it the cores. Collective."""
     request, pause = comm.Ibarrier(), 1e-4
     while not request.Test():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moempi.build import Rank
 from moempi.errors import EXIT_DONE
@@ -18,6 +18,13 @@ from moempi.tracing import Tracer
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+
+
+class Took(NamedTuple):
+    """What generating took on one rank."""
+
+    seconds: float
+    processor_seconds: float  # of all its threads
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Outcome:
     earlier_finished: int = 0  # what the runs before this one had committed
     earlier_new_tokens: int = 0
     seconds: float = 0.0  # from the first sequence handed out to the last one committed
+    processor_seconds: tuple[float, ...] = ()  # that every rank used meanwhile
     steps: tuple[int, ...] = ()  # forward steps of every rank
     expert_calls: tuple[int, ...] = ()
     expert_rows: tuple[int, ...] = ()
@@ -64,20 +72,21 @@ def finish(
     router: Router | None,
     found: Found | None,
     writer: OutputWriter | None,
-    seconds: float,
+    took: Took,
     drained_code: int,
 ) -> Outcome:
     """Write the final files and gather what was measured. Collective.
 
     Args:
         router, found, writer: on rank 0.
+        took: by this rank.
         drained_code: the exit code if the run was told to stop early.
     """
     experts = rank.engine.experts
-    counts = comm.gather((rank.home.steps, experts.calls, experts.rows_computed), root=0)
+    counts = comm.gather((rank.home.steps, experts.calls, experts.rows_computed, took.processor_seconds), root=0)
     outcome = Outcome(exit_code=EXIT_DONE)
     if router is not None and found is not None and writer is not None and counts is not None:
-        steps, calls, rows = (tuple(column) for column in zip(*counts, strict=True))
+        steps, calls, rows, processor = (tuple(column) for column in zip(*counts, strict=True))
         earlier, tokens = committed_before(writer)
         outcome = Outcome(
             exit_code=EXIT_DONE if router.finished == router.total else drained_code,
@@ -93,7 +102,8 @@ def finish(
             new_tokens=tokens + router.new_tokens,
             earlier_finished=earlier,
             earlier_new_tokens=tokens,
-            seconds=seconds,
+            seconds=took.seconds,
+            processor_seconds=processor,
             steps=steps,
             expert_calls=calls,
             expert_rows=rows,

@@ -24,7 +24,7 @@ from moempi.job import Job
 from moempi.mpi import Drain, meet
 from moempi.prepare import Found, assignments, choose_device, look_together, open_output
 from moempi.progress import Progress, Terminal
-from moempi.report import Outcome, committed_before, finish, nothing_to_do
+from moempi.report import Outcome, Took, committed_before, finish, nothing_to_do
 from moempi.router.router import Router
 from moempi.router.watch import Watch
 from moempi.service import Service
@@ -78,10 +78,10 @@ def run(
             service = Service(rank.control, rank.home, router, watch, drain, progress)
             engine.services += [service, tracer]
             log.info("rank %d of %d is ready, threads: %d", comm.rank, comm.size, device.threads)
-            seconds = work(comm, rank, service, lockstep=job.exchange.lockstep)
-            log.debug("%d steps, %d expert calls in %.3f s", rank.home.steps, engine.experts.calls, seconds)
+            took = work(comm, rank, service, lockstep=job.exchange.lockstep)
+            log.debug("%d steps, %d expert calls in %.3f s", rank.home.steps, engine.experts.calls, took.seconds)
             code = drain.exit_code if drain.requested else EXIT_COMMITTED
-            return finish(comm, job, rank, tracer, router, found, writer, seconds, code)
+            return finish(comm, job, rank, tracer, router, found, writer, took, code)
 
 
 def builder(device: Device) -> Callable[..., Rank]:
@@ -105,14 +105,14 @@ def build_router(comm: MPI.Intracomm, job: Job, found: Found | None, writer: Out
     return Router(left, comm.size, homes, job.run.capacity, keep=keep, commit=writer.commit)
 
 
-def work(comm: MPI.Intracomm, rank: Rank, service: Service, *, lockstep: bool) -> float:
-    """Generate until the router ends the job; seconds that it took. Collective."""
+def work(comm: MPI.Intracomm, rank: Rank, service: Service, *, lockstep: bool) -> Took:
+    """Generate until the router ends the job. Collective."""
     if lockstep:
         tasks = [generate_in_lockstep(rank.home, rank.forward)]
     else:
         tasks = [generate(rank.home, rank.forward, m) for m in range(rank.home.n_microbatches)]
     meet(comm)
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     service.start()
     rank.engine.run(tasks)
-    return time.perf_counter() - begin
+    return Took(time.perf_counter() - begin, time.process_time() - used)

@@ -47,8 +47,9 @@ EMPTY_POLLS = 5  # before the first sleep; with more of them ranks that share a 
 SPIN = 2e-3  # seconds that a rank which has its cores to itself goes on looking before the first sleep
 SHORTEST_SLEEP = 50e-6
 SERVICE_INTERVAL = 1e-3  # seconds between two looks at control messages, which cost as much as those at rows
-LONGEST_SLEEP = 1e-3  # while answers are outstanding
+LONGEST_SLEEP = 1e-3  # while requests are open
 LONGEST_IDLE_SLEEP = 5e-3  # otherwise
+LONGEST_RUNG_SLEEP = 20e-3  # otherwise, where whoever sends rings
 
 
 @dataclass(frozen=True)
@@ -232,9 +233,9 @@ class Engine:
             self._empty_since = self._looked
         if self._empty_polls <= EMPTY_POLLS or self._looked - self._empty_since < self._limits.spin:
             os.sched_yield()
+        elif self.requests.bell.sleep(self._nap()):
+            self._services_due = 0.0  # it may have been for them
         else:
-            longest = LONGEST_SLEEP if self._unanswered else LONGEST_IDLE_SLEEP
-            time.sleep(min(longest, SHORTEST_SLEEP * 2 ** min(self._sleeps, 10)))
             self._sleeps += 1
         # The look at the network that found nothing is part of the rest.
         oldest = next(iter(self._unanswered.values()), None)
@@ -242,6 +243,16 @@ class Engine:
             self.recorder.rest(EXPOSED, oldest.peer)
         else:
             self.recorder.rest(BARRIER if self._meeting else IDLE)
+
+    def _nap(self) -> float:
+        """Seconds to sleep: longer and longer while nothing comes, up to what is under way allows.
+
+        MPI moves long messages only while it is looked at, so a rank with open requests never sleeps long. One without
+        sleeps until it is rung for, if all others can do that.
+        """
+        if not self.requests and self.requests.bell.hears_all:
+            return LONGEST_RUNG_SLEEP
+        return min(LONGEST_SLEEP if self.requests else LONGEST_IDLE_SLEEP, SHORTEST_SLEEP * 2 ** min(self._sleeps, 10))
 
     def now(self) -> float:
         """The engine's own clock (s)."""
@@ -270,7 +281,8 @@ class Engine:
             )
 
     def free(self) -> None:
-        """Give the communicators back. Collective."""
+        """Give the communicators back, and the bell. Collective."""
+        self.requests.bell.close()
         for comm in (self._channels.dispatch, self._channels.answers, self._channels.barrier):
             comm.Free()
 
@@ -295,7 +307,7 @@ class Engine:
         receive = self._channels.answers.Irecv(as_bytes(answer), peer, tag)
         self.requests.add(receive, lambda: self.take_answer((peer, tag), answer, layer, done))
         payload = frame(rows, message.rows_per_slot)
-        self.requests.add(self._channels.dispatch.Isend(payload, peer, tag), lambda: payload)
+        self.requests.add(self._channels.dispatch.Isend(payload, peer, tag), lambda: payload, to=peer)
         self.recorder.sent(DISPATCH_KIND, layer, peer, n, payload.nbytes)
 
     def expect(self, key: Hashable, layer: int, microbatch: int, peer: int, rows: int, way: str = "") -> None:
@@ -357,7 +369,7 @@ class Engine:
         payload = as_bytes(arrival.answer)
         send = arrival.reply or partial(self._channels.answers.Isend, dest=arrival.source, tag=arrival.tag)
         # The callback keeps the arrival, and with it the memory that is sent.
-        self.requests.add(send(payload), lambda: self.arrivals.give(arrival.charged))
+        self.requests.add(send(payload), lambda: self.arrivals.give(arrival.charged), to=arrival.source)
         self.recorder.sent(ANSWER_KIND, arrival.layer, arrival.source, arrival.rows.shape[0], payload.nbytes)
 
     # ------------------------------------------------------------ lockstep, for comparison

@@ -133,7 +133,7 @@ class FanOut:
         engine.requests.add(receive, lambda: engine.take_answer(key, answers, name.layer, back))
         engine.recorder.dispatching = NO_STEP
         payload = write_fan_out(name.layer, name.microbatch, counts, as_bytes(rows))
-        engine.requests.add(self._hops.fan_out.comm.Isend(payload, place, tag), lambda: payload)
+        engine.requests.add(self._hops.fan_out.comm.Isend(payload, place, tag), lambda: payload, to=rank)
         engine.recorder.sent(DISPATCH_KIND, name.layer, rank, n, payload.nbytes)
 
     # ------------------------------------------------------------ and back

@@ -82,7 +82,7 @@ class Forwarder:
         engine, group = self._engine, self._hops.deliver
         engine.answered(name)
         request = group.comm.Isend(rows, group.place(name.home), tag)
-        engine.requests.add(request, partial(_home, rows, done))
+        engine.requests.add(request, partial(_home, rows, done), to=name.home)
         count = rows.nbytes // self._sizes.returned_width(name.layer)
         engine.recorder.sent(DELIVER_KIND, name.layer, name.home, count, rows.nbytes)
 

@@ -71,7 +71,7 @@ class Lane:
             # Messages of one pair of ranks arrive in order: their receiver needs no tag to tell them apart.
             request = self._group.comm.Isend(message, self._group.place(self._peer), 0)
             self._under_way += 1
-            self._requests.add(request, partial(self._sent, message, taken))
+            self._requests.add(request, partial(self._sent, message, taken), to=self._peer)
             whole = message.nbytes
             for one in taken:
                 self._recorder.sent(self._kind, one.layer, self._peer, one.rows, one.frame.nbytes, whole)

@@ -124,7 +124,7 @@ class Relay:
         reserved = np.empty(n * self._sizes.returned_width(layer), dtype=np.uint8)
         request = hops.deliver.comm.Irecv(reserved, place, tag)
         engine.requests.add(request, lambda: self._delivered(sent, reserved, n, relay))
-        engine.requests.add(hops.collect.comm.Isend(frame, place, tag), lambda: frame)
+        engine.requests.add(hops.collect.comm.Isend(frame, place, tag), lambda: frame, to=relay)
         engine.recorder.sent(COLLECT_KIND, layer, relay, len(sent.parcel.tokens), frame.nbytes)
 
     def _delivered(self, sent: Sent, rows: np.ndarray, n: int, relay: int) -> None:

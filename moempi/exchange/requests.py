@@ -7,21 +7,30 @@ from typing import Any
 
 from mpi4py import MPI
 
+from moempi.exchange.doorbell import Doorbell
+
 
 class Requests:
-    """The one place that completes requests. Buffers are kept alive by their callbacks."""
+    """The one place that completes requests. Buffers are kept alive by their callbacks.
+
+    Attributes:
+        bell: is rung for every send that says whom it goes to.
+    """
 
     def __init__(self) -> None:
+        self.bell = Doorbell()
         self._requests: list[MPI.Request] = []
         self._callbacks: list[Callable[[], Any]] = []
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def add(self, request: MPI.Request, callback: Callable[[], Any]) -> None:
-        """Call `callback` once the request is complete."""
+    def add(self, request: MPI.Request, callback: Callable[[], Any], to: int = -1) -> None:
+        """Call `callback` once the request is complete; `to`: rank of the job that a send goes to, which is woken."""
         self._requests.append(request)
         self._callbacks.append(callback)
+        if to >= 0:
+            self.bell.ring(to)
 
     def test(self) -> bool:
         """Complete what has ended, without waiting; whether anything had."""

@@ -36,7 +36,7 @@ class Control:
         if destination == self.rank:
             self._own.append(message)
         else:
-            self._requests.add(self._comm.issend(message, destination), taken)
+            self._requests.add(self._comm.issend(message, destination), taken, to=destination)
 
     def receive(self) -> list[tuple[int, Any]]:
         """(source, message) of all that has come."""
