@@ -224,6 +224,7 @@ def open_output(
                 commit_every=job.output.commit_every,
                 resume=resume,
                 overwrite=overwrite,
+                trace=job.trace_file if job.trace.level != "off" else None,
             )
         except MoempiError as caught:
             error = caught

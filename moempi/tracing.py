@@ -26,7 +26,7 @@ class Tracer:
 
     Args:
         resume: keep the trace of the run that is gone on with, under another name.
-        overwrite: remove those that were kept that way.
+        overwrite: remove it, and those that were kept that way. With neither, an output is not begun where a trace is.
     """
 
     def __init__(self, topology: Topology, job: Job, shape: Shape, *, resume: bool, overwrite: bool):
@@ -37,9 +37,10 @@ class Tracer:
         )
         self._topology, self._job = topology, job
         if world.rank == 0:
-            clear(self.path, keep=resume)
-            if overwrite:
-                remove_kept(self.path)
+            if resume:
+                set_aside(self.path)
+            elif overwrite:
+                clear(self.path)
         self._clock = align_clocks(world)
         self.start = world.bcast(time.perf_counter_ns(), root=0)
         placement = shape.layout.placement
@@ -87,10 +88,8 @@ def measured_clocks(clocks: Iterable[Clock]) -> np.ndarray:
     return np.array([(clock.offset, clock.error, clock.at) for clock in clocks], dtype=np.int64)
 
 
-def clear(path: Path, *, keep: bool) -> None:
-    """Make room for a new trace: an earlier one is set aside or removed."""
-    if keep:
-        set_aside(path)
-    else:
-        path.unlink(missing_ok=True)
-        remove_parts(path)
+def clear(path: Path) -> None:
+    """Remove an earlier trace, and those of the attempts before it."""
+    path.unlink(missing_ok=True)
+    remove_parts(path)
+    remove_kept(path)

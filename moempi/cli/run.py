@@ -127,7 +127,7 @@ def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: 
     world = mpi.start()
     draws = world.rank == 0 and not shown.quiet
     terminal = (open_terminal(os.environ) or own_terminal(sys.stderr, os.environ)) if draws else None
-    logs.set_up(world.rank, quiet=shown.quiet, folder=shown.log_dir, in_terminal=terminal is not None)
+    logs.set_up(world.rank, quiet=shown.quiet, folder=shown.log_dir, in_terminal=terminal is not None, append=resume)
     _warn_of_hidden_gpus(world)
     from moempi.run import run as run_job
 

@@ -26,11 +26,19 @@ if TYPE_CHECKING:
 @click.option("--mem", "memory", help='Memory per node, like "64 GiB"; by default as planned, with a margin.')
 @click.option("--name", help="Name of the job; by default that of the job file.")
 @click.option("--site", "site_name", metavar="NAME|FILE", help="Profile of the cluster: a TOML file.")
-@click.option("--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Override an option of the job.")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="SECTION.KEY=VALUE",
+    help="Override an option of the job; paths in it begin at the current folder.",
+)
 @click.option("--array", "shards", type=click.IntRange(1, 1000), help="Cut the input into so many shards, a job each.")
 @click.option("--after", metavar="ID", help="Begin when this job of Slurm has ended well.")
 @click.option("--resume", is_flag=True, help="Go on where a stopped run of the job ended.")
 @click.option("--overwrite", is_flag=True, help="Replace the output of an earlier run.")
+@click.option("--quiet", is_flag=True, help="No progress, no summary in the job's log.")
+@click.option("--log-dir", type=click.Path(path_type=Path), help="Write a file of messages per rank into this folder.")
 @click.option("--dry-run", is_flag=True, help="Print the script and what it rests on; write and submit nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def submit(job: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
@@ -59,7 +67,7 @@ def submit(job: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
         return
     outputs = _outputs(checked, batch)
     if not (options["resume"] or options["overwrite"]):
-        _refuse_existing(outputs)
+        _refuse_existing(checked, batch, outputs)
     _write(batch, checked, text, overwrite=options["overwrite"])
     job_id = _submit(batch, checked, outputs)
     if as_json:
@@ -105,7 +113,7 @@ def _reasons(request: Request, needs: Needs, site: Site) -> list[str]:
 
 
 def _batch(path: Path, job: Job, site: Site, options: dict[str, Any]) -> Batch:
-    from moempi.slurm.place import SCRIPT, folder_of, shard_output
+    from moempi.slurm.place import SCRIPT, folder_of, settled, shard_output
     from moempi.slurm.scheduler import check_id
     from moempi.slurm.script import Batch
 
@@ -121,9 +129,11 @@ def _batch(path: Path, job: Job, site: Site, options: dict[str, Any]) -> Batch:
         script=folder / SCRIPT,
         log=folder / ("%A_%a.log" if shards else "%j.log"),
         job=path.resolve(),
-        overrides=options["overrides"],
+        overrides=settled(options["overrides"], job),
         program=(str(site.python or sys.executable), "-m", "moempi"),
         overwrite=options["overwrite"],
+        quiet=options["quiet"],
+        log_dir=options["log_dir"] and options["log_dir"].absolute(),
         after=check_id(options["after"]) if options["after"] else None,
         shards=shards,
         shard_files=named if shards else {},
@@ -141,9 +151,11 @@ def _outputs(job: Job, batch: Batch) -> list[str]:
     return [str(shard_output(job.output.file, shard)) for shard in range(batch.shards)]
 
 
-def _refuse_existing(outputs: list[str]) -> None:
+def _refuse_existing(job: Job, batch: Batch, outputs: list[str]) -> None:
     """The refusals of `moempi run`, before anything waits in a queue."""
     from moempi.files.committed import committed
+    from moempi.files.trace import refuse_existing
+    from moempi.slurm.place import shard_trace
 
     for output in outputs:
         found = committed(Path(output))
@@ -151,6 +163,10 @@ def _refuse_existing(outputs: list[str]) -> None:
             raise JobError(
                 f"{output}: {found}; give --resume to go on, --overwrite to start again, or another `output.file`"
             )
+    if job.trace.level != "off":
+        shards = range(batch.shards)
+        for trace in [shard_trace(job.output.file, shard) for shard in shards] or [job.trace_file]:
+            refuse_existing(trace)
 
 
 def _write(batch: Batch, job: Job, text: str, *, overwrite: bool) -> None:

@@ -15,6 +15,7 @@ from moempi.files.completions import PARTIAL, Completion, Origin, read_head
 from moempi.files.lock import HEARTBEAT, Lock
 from moempi.files.output_parts import PATTERN, assemble, read_parts, restore, write_part
 from moempi.files.parts import committed_parts, make_folder, parts_folder, remove_parts, remove_temporaries
+from moempi.files.trace import refuse_existing
 
 if TYPE_CHECKING:
     from moempi.files.inputs import Prompts
@@ -68,6 +69,7 @@ class OutputWriter:
         commit_every: float,
         resume: bool = False,
         overwrite: bool = False,
+        trace: Path | None = None,
     ) -> OutputWriter:
         """Lock an output, look at what is there, and start the thread.
 
@@ -80,10 +82,11 @@ class OutputWriter:
             commit_every: longest time in s that a completion stays uncommitted.
             resume: go on where an earlier run ended; from the start where there is nothing.
             overwrite: remove an earlier run's output first.
+            trace: what the run will write besides; one that is there is refused as an output is.
 
         Raises:
-            JobError: an output is there and neither `resume` nor `overwrite` is given; another run holds the lock;
-                a resume with another identity.
+            JobError: an output or a trace is there and neither `resume` nor `overwrite` is given; another run holds
+                the lock; a resume with another identity.
             DataError: what is there is damaged, or nothing can be written there.
         """
         if resume and overwrite:
@@ -96,6 +99,8 @@ class OutputWriter:
                 _remove(path)
             elif not resume:
                 _refuse_existing(path)
+                if trace is not None:
+                    refuse_existing(trace)
             remove_temporaries(path)
             complete = resume and _is_complete(path, origin)
             if complete:

@@ -27,7 +27,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from moempi.errors import DataError
+from moempi.errors import DataError, JobError
 from moempi.files import schema
 from moempi.files.parts import Column, committed_parts, make_folder, parts_folder, remove_parts
 from moempi.files.trace_columns import COLUMNS, LEGENDS, SHAPE, WIDE, groups_of
@@ -239,6 +239,21 @@ def fill_from_parts(file: h5py.File, path: Path) -> None:
     schema.write_text(file, "job", str(meta.get("job", "")))
     known = {key: meta[key] for key in (*SHAPE, "level", "mode", "cut_layers") if key in meta}
     fill(file, parts, clocks, [], known)
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse to write a trace where there is one, whole or in parts.
+
+    Raises:
+        JobError: there is one.
+    """
+    parts = committed_parts(path, PATTERN)
+    if path.exists() or parts:
+        what = "exists already" if path.exists() else f"an earlier run left it unfinished, in {parts_folder(path).name}"
+        raise JobError(
+            f"{path}: {what}; give --overwrite to replace output and trace, move the trace away, or give another "
+            "`trace.file`"
+        )
 
 
 def set_aside(path: Path) -> Path | None:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from moempi.errors import DataError
+from moempi.job import Job
 
 SCRIPT = "job.sbatch"
 _RECORD = "submitted.jsonl"
@@ -29,6 +30,26 @@ def folder_of(output: Path) -> Path:
 def shard_output(output: Path, shard: int) -> Path:
     """The output of one shard of an array."""
     return folder_of(output) / f"shard-{shard:03d}.out.h5"
+
+
+def shard_trace(output: Path, shard: int) -> Path:
+    """The trace of one shard of an array."""
+    return folder_of(output) / f"shard-{shard:03d}.out.trace.h5"
+
+
+def settled(overrides: list[str], job: Job) -> tuple[str, ...]:
+    """Overrides that mean the same wherever they are read: their paths are those of `job`, which are absolute.
+
+    A batch script runs in another folder than the one in which its job was submitted.
+    """
+    found = []
+    for override in overrides:
+        name = override.partition("=")[0].strip()
+        section, _, key = name.partition(".")
+        value = getattr(getattr(job, section), key)
+        # In quotes: a name that ends in a space keeps it.
+        found.append(f"{name}={json.dumps(str(value), ensure_ascii=False)}" if isinstance(value, Path) else override)
+    return tuple(found)
 
 
 def record(output: Path, submitted: Submitted) -> None:

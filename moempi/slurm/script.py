@@ -42,6 +42,8 @@ class Batch:
     overrides: tuple[str, ...] = ()
     program: tuple[str, ...] = ("moempi",)
     overwrite: bool = False  # at the first attempt
+    quiet: bool = False
+    log_dir: Path | None = None  # of an array: with a folder for each shard
     after: str | None = None  # id of a job that must have ended well
     shards: int = 0  # elements of an array; 0: none
     shard_files: dict[str, Path] = field(default_factory=dict)  # option -> file name with {} for the shard's number
@@ -132,6 +134,9 @@ def _command(batch: Batch, site: Site) -> str:
     words = [shlex.join([*batch.program, "run", str(batch.job)]), '-n "$SLURM_NTASKS"']
     words += [f"--mpirun {shlex.quote(site.launcher)}"] if site.launcher else []
     words.append('"$how" --requeue')
+    words += ["--quiet"] * batch.quiet
+    if batch.log_dir:
+        words.append(f"--log-dir {shlex.quote(str(batch.log_dir))}" + ('/shard-"$shard"' if batch.shards else ""))
     words += [f"--set {shlex.quote(one)}" for one in batch.overrides]
     for option, path in batch.shard_files.items():
         before, after = str(path).rsplit("{}", 1)

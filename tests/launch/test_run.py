@@ -164,6 +164,16 @@ def test_a_whole_run_then_an_existing_output_then_nothing_left_to_do(job: Path, 
     rest = run(moempi("run", job, "--resume"), timeout=60)
     assert rest.code == 0 and "nothing to do" in rest.out, rest.err
 
+    # The trace is worth as much as the output: it is not lost because the output was moved away.
+    output, trace = job.parent / "out.h5", job.parent / "out.trace.h5"
+    before = trace.read_bytes()
+    output.rename(job.parent / "kept.h5")
+    again = run(moempi("run", job), timeout=60)
+    assert again.code == 2 and f"{trace}: exists already; give --overwrite" in again.err, again.err
+    assert trace.read_bytes() == before and not output.exists()
+    done = run(moempi("run", job, "--set", "trace.level=off"), timeout=60)
+    assert done.code == 0 and finished(output) == undisturbed and trace.read_bytes() == before, done.err
+
 
 @pytest.mark.parametrize(
     ("code", "override", "said"),

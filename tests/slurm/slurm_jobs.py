@@ -18,7 +18,7 @@ from moempi.files.outputs import read_outputs
 
 ROOT = Path(__file__).parents[2]
 SEQUENCES = 12
-LONG = 100  # new tokens: seconds of work on two ranks, so that a signal finds them at it
+LONG = 250  # new tokens: seconds of work on two ranks, so that a signal finds them at it
 # sbatch's options that make the scripts of slurm/ fit the nodes of the tests.
 SMALL = ["--mem=0", "--cpus-per-task=1"]
 

@@ -187,6 +187,18 @@ def test_an_existing_output_is_refused_and_both_ways_out_are_named(tmp_path: Pat
     assert not lock_file(path).exists()
 
 
+@pytest.mark.parametrize("left", ["out.trace.h5", "out.trace.h5.parts/rank-00000-00000.h5"])
+def test_an_existing_trace_is_refused_as_an_output_is(tmp_path: Path, left: str) -> None:
+    path, trace = tmp_path / "out.h5", tmp_path / "out.trace.h5"
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text("an hour's work")
+    with pytest.raises(JobError, match=r"(?s)out\.trace\.h5: .*--overwrite to replace output and trace, move"):
+        start(path, 2, trace=trace)
+    assert (tmp_path / left).read_text() == "an hour's work" and not lock_file(path).exists()
+    for how in ({"resume": True}, {"overwrite": True}, {"trace": None}):
+        start(path, 2, **{"trace": trace, **how}).close()
+
+
 def test_overwrite_removes_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     write_whole(path, 4)

@@ -203,6 +203,12 @@ def test_who_reads_what(
     words = [("DEBUG", "d"), ("INFO", "a"), ("WARNING", "b"), ("ERROR", "why it ended")]
     assert [one.split(f" rank {rank} ")[1] for one in lines] == [f"{level} {text}" for level, text in words]
 
+    # A resumed run keeps what the run before has said.
+    logs.set_up(rank, quiet=quiet, folder=tmp_path / "new" / "logs", in_terminal=False, append=True)
+    log.info("again")
+    kept = (tmp_path / "new" / "logs" / f"rank-{rank:05d}.log").read_text().splitlines()
+    assert kept[:-1] == lines and kept[-1].endswith("INFO again")
+
 
 def test_a_folder_that_cannot_be_made_is_named(root: logging.Logger, tmp_path: Path) -> None:
     (tmp_path / "file").touch()

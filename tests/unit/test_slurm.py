@@ -241,6 +241,14 @@ def test_no_name_or_path_is_taken_apart(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["script"], "nothing was run that a name holds"
 
 
+def test_what_a_run_shall_tell_is_handed_on(tmp_path: Path) -> None:
+    batch = replace(PLAIN, program=("printf", "%s\\0"), quiet=True, log_dir=Path("/p") / BITING)
+    shown = run_with_stub(write_script(batch, REQUEST, Site()), tmp_path)
+    assert shown[-3:] == ["--quiet", "--log-dir", f"/p/{BITING}"]
+    text = write_script(replace(batch, shards=3), REQUEST, Site())
+    assert run_with_stub(text, tmp_path, SLURM_ARRAY_TASK_ID="2")[-1] == f"/p/{BITING}/shard-002"
+
+
 def test_overwrite_is_for_the_first_turn_only(tmp_path: Path) -> None:
     text = write_script(replace(PLAIN, program=("printf", "%s\\0"), overwrite=True), REQUEST, Site())
     assert "--overwrite" in run_with_stub(text, tmp_path)
@@ -330,15 +338,21 @@ def test_without_slurm_a_command_says_so(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert isinstance(shown.exception, JobError) and "no squeue on PATH" in str(shown.exception)
 
 
-def test_a_dry_run_prints_script_and_reasons_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_dry_run_prints_script_and_reasons_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inputs = ["inputs", "make", str(ROOT / "inputs/prompts.jsonl"), str(ROOT / "inputs/tinymoe.h5")]
     command = [*(sys.executable, "-m", "moempi"), *inputs, str(tmp_path / "in.h5")]
     made = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120)
     assert made.returncode == 0, made.stderr
-    given = ["--nodes", "2", "--tasks-per-node", "8", "--set", f"input.file={tmp_path}/in.h5", "--dry-run"]
-    given += ["--set", f"output.file={tmp_path}/out.h5"]
+    given = ["--nodes", "2", "--tasks-per-node", "8", "--set", "input.file=in.h5", "--dry-run"]
+    given += ["--set", f"output.file={tmp_path}/out.h5", "--set", "run.capacity=4", "--log-dir", "logs", "--quiet"]
+    monkeypatch.chdir(tmp_path)
     shown = CliRunner().invoke(submit, [str(ROOT / "jobs/demo.toml"), *given], catch_exceptions=False)
     options = options_of(shown.output)
     assert (options["--nodes"], options["--ntasks-per-node"], options["--job-name"]) == ("2", "8", "demo")
+    # The script runs in another folder: what begins at the current one is written out.
+    assert f"--set 'input.file=\"{tmp_path}/in.h5\"'" in shown.output and "--set run.capacity=4" in shown.output
+    assert f"--quiet \\\n  --log-dir {tmp_path}/logs" in shown.output
     assert "# 16 ranks; the fullest is planned with" in shown.output and "estimated" in shown.output
     assert [path.name for path in tmp_path.iterdir()] == ["in.h5"]
