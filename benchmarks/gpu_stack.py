@@ -36,11 +36,12 @@ from torch import Tensor
 
 from moempi.device import cuda_rows
 from moempi.device.cuda_experts import Part, Stack
-from moempi.device.cuda_memory import MessageMemory, block_bytes
+from moempi.device.cuda_memory import MessageMemory, Rows, block_bytes
 from moempi.exchange.arrivals_cuda import CudaExperts
 from moempi.exchange.dispatch_cuda import combine, dispatch, on_gpu
 from moempi.exchange.engine import Channels, Limits
 from moempi.exchange.engine_cuda import CudaEngine
+from moempi.exchange.host_memory import HostMemory
 from moempi.exchange.plan import Tags
 from moempi.exchange.slots import layer_tables
 from moempi.job import PlacementOptions
@@ -79,7 +80,7 @@ class Bench:
         rows = self.tokens * D * DTYPE.itemsize
         home = self.microbatches * block_bytes([n * rows, n * rows])
         arrivals = self.microbatches * (n - 1) * block_bytes([rows, rows]) or 1
-        self.memory = MessageMemory(self.device, home, arrivals, staged=self.staged)
+        self.memory = MessageMemory(self.device, home, arrivals)
         flat = self.memory.memory.view(DTYPE)
         self.engine = CudaEngine(
             Channels(self.world.Dup(), self.world.Dup(), self.world.Dup()),
@@ -92,11 +93,14 @@ class Bench:
             Recorder("off", self.world.rank, n, LAYERS, n, n),
             payload=self.world.Dup(),
             memory=self.memory,
+            host=HostMemory(self.world, self.memory.memory.nbytes) if self.staged else None,
         )
         # For what sends nothing: rows that came, their answers and what a combine reads, all of one microbatch.
         self.rows = self._draw(random, n * self.tokens, D)
         self.answers = torch.empty_like(self.rows)
-        self.pairs, self.places, _ = cuda_rows.sort_pairs(self.routes[0].experts, n)
+        one, counts = self.tables[0], torch.empty(n, dtype=torch.int64, device=self.device)
+        replicas = one.cover_of, one.n_replicas
+        self.pairs, self.places = cuda_rows.sort_pairs(self.routes[0].experts, self.turns, *replicas, 0, counts)
 
     def _draw(self, random: torch.Generator, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, device=self.device).to(DTYPE) / 8
@@ -131,10 +135,9 @@ class Bench:
         high, low = self.engine.high, self.engine.low
         for layer in self._passes():
             with torch.cuda.stream(high):
-                cuda_rows.gather(self.x[0], self.pairs, self.world.size, self.rows)
-                packed = self.engine.mark()
+                self._pack()
             with torch.cuda.stream(low):
-                low.wait_event(packed)
+                low.wait_stream(high)
                 self._compute(layer)
             with torch.cuda.stream(high):
                 cuda_rows.combine(self.x[0], self.answers, self.places, self.routes[0].weights)
@@ -143,24 +146,20 @@ class Bench:
         """The usual way."""
         got, back = torch.empty_like(self.rows), torch.empty_like(self.rows)
         for layer in self._passes():
-            cuda_rows.gather(self.x[0], self.pairs, self.world.size, self.rows)
+            self._pack()
             dist.all_to_all_single(got, self.rows)
             self._compute(layer)
             dist.all_to_all_single(back, self.answers)
             cuda_rows.combine(self.x[0], back, self.places, self.routes[0].weights)
 
+    def _pack(self) -> None:
+        cuda_rows.gather(self.x[0], self.pairs, self.world.size, self.rows.data_ptr())
+
     def _passes(self) -> list[int]:
         return [layer for _ in range(STEPS * self.microbatches) for layer in self.layers]
 
     def _compute(self, layer: int) -> None:
-        stack = self.layers[layer]
-        if not self.exact:
-            stack([Part(0, self.rows, self.answers)], self.rows.view(-1))
-            return
-        # The grouped product finds rows and answers in one memory: the homes' blocks are free here.
-        flat, n = self.memory.memory.view(DTYPE), self.rows.numel()
-        at = [flat[i * n : (i + 1) * n].view(self.rows.shape) for i in range(2)]
-        stack([Part(0, at[0], at[1])], flat)
+        self.layers[layer]([Part(0, Rows.of(self.rows), Rows.of(self.answers))], self.rows.view(-1))
 
     def time(self, work: Callable[[], None]) -> list[float]:
         """ms per layer and microbatch of every round, the slowest rank's."""
