@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from functools import cache
+from typing import Any
 
 import cupy
 import torch
@@ -30,7 +31,7 @@ class Kernel:
         self._places = (ctypes.c_void_p * n_parameters)(*range(begin, begin + 8 * n_parameters, 8))
         self._parameters = ctypes.addressof(self._places)
 
-    def __call__(self, blocks: int, threads: int, values: list[int], shared: int = 0) -> None:
+    def __call__(self, blocks: int, threads: int, values: list[Any], shared: int = 0) -> None:
         """Launch on torch's current stream.
 
         Args:
@@ -38,9 +39,7 @@ class Kernel:
             shared: bytes of memory that a block asks for.
         """
         self._values[:] = values
-        driver.launchKernel(
-            self._function, blocks, 1, 1, threads, 1, 1, shared, current_stream(), self._parameters, 0
-        )
+        driver.launchKernel(self._function, blocks, 1, 1, threads, 1, 1, shared, current_stream(), self._parameters, 0)
 
 
 def current_stream() -> int:
