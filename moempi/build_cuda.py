@@ -6,7 +6,7 @@ import torch
 
 from moempi.build import Rank, load_slots
 from moempi.device.cuda import Cuda
-from moempi.device.cuda_experts import Layer, Pieces, Stack
+from moempi.device.cuda_experts import Layer, Pieces, Scratch, Stack
 from moempi.device.cuda_memory import MessageMemory, block_bytes
 from moempi.exchange.arrivals_cuda import CudaExperts
 from moempi.exchange.dispatch_cuda import on_gpu
@@ -108,18 +108,21 @@ def load_layers(
 ) -> dict[int, Layer]:
     """The experts that a rank holds, layer by layer; nothing else of the experts is read."""
     layers: dict[int, Layer] = {}
+    scratch = Scratch()
     for layer, table in tables.items():
         if not table.slots_on(rank):
             continue
         if leaves == 1:
-            layers[layer] = _load_stack(weights, table, rank, device, dtype)
+            layers[layer] = _load_stack(weights, table, rank, device, dtype, scratch)
         else:
             slots = load_slots(weights, {layer: table}, rank, device, dtype, leaves)
             layers[layer] = Pieces({number: expert for (_, number), expert in slots.items()})
     return layers
 
 
-def _load_stack(weights: Weights, table: LayerTable, rank: int, device: Cuda, dtype: torch.dtype) -> Stack:
+def _load_stack(
+    weights: Weights, table: LayerTable, rank: int, device: Cuda, dtype: torch.dtype, scratch: Scratch
+) -> Stack:
     """Whole experts, read one after the other into one stack."""
     hidden, d = weights.config.expert_hidden, weights.config.d_model
     n = table.slots_on(rank)
@@ -130,4 +133,4 @@ def _load_stack(weights: Weights, table: LayerTable, rank: int, device: Cuda, dt
         number = int(table.number[slot])
         read = weights.expert(table.layer, int(table.expert[slot]), begin, end)
         gate_up[number], down[number] = read[0].to(dtype), read[1].to(dtype)
-    return Stack(gate_up, down, exact=device.exact)
+    return Stack(gate_up, down, exact=device.exact, scratch=scratch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -11,21 +11,33 @@ from torch import Tensor
 
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import Section, grouped_product, product_at
-from moempi.device.cuda_rows import swiglu
+from moempi.device.cuda_rows import swiglu, swiglu_at
 from moempi.model.expert import Expert
 
 # Fewer rows per slot than this, and one launch for all slots is faster than cuBLAS slot by slot.
 GROUP_BELOW = 128
-FEW = 2  # parts that exact mode takes one after the other: launching both takes less of the host than a table
+FEW = 3  # parts that are launched one after the other, which takes less of the host than a table of them
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """Rows for one slot: [R, D] in, [R, D] out, both in the memory of messages."""
 
     slot: int
     rows: Rows
     answer: Rows
+
+
+class Scratch:
+    """Memory for what lies between two products. Calls follow each other on one stream, so all layers share it."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, n: int, like: Tensor) -> Tensor:
+        """Flat memory of at least n elements, of the dtype and on the device of another tensor."""
+        if self._memory is None or self._memory.numel() < n:
+            self._memory = torch.empty(n, dtype=like.dtype, device=like.device)
+        return self._memory
 
 
 class Stack:
@@ -35,34 +47,39 @@ class Stack:
         gate_up: [S, 2F, D].
         down: [S, D, F].
         exact: the bits of a row depend on that row alone.
+        scratch: shared with the other layers of the rank.
     """
 
-    def __init__(self, gate_up: Tensor, down: Tensor, *, exact: bool):
-        self.gate_up, self.down, self.exact = gate_up, down, exact
-        self._gate_up, self._down = gate_up.unbind(), down.unbind()  # a view made once
+    def __init__(self, gate_up: Tensor, down: Tensor, *, exact: bool, scratch: Scratch):
+        self.gate_up, self.down, self.exact, self._scratch = gate_up, down, exact, scratch
+        self._gate_up, self._down = gate_up.unbind(), down.unbind()  # views made once
         self._down_turned = [weight.T for weight in self._down]
 
     def __call__(self, parts: Sequence[Part], memory: Tensor) -> None:
         """Compute all parts. Rows and answers lie in `memory`, which is flat and in the model's dtype."""
         rows = sum(len(part.rows) for part in parts)
-        few = len(parts) <= FEW if self.exact else rows >= GROUP_BELOW * len(parts) or len(parts) == 1
-        if not few:
+        # cuBLAS pays where there are many rows; with few, all wait for the weights, and its calls take longer.
+        fixed = self.exact or rows < GROUP_BELOW * len(parts)
+        if fixed and len(parts) > FEW:
             self._together(parts, memory, rows)
             return
         for part in parts:
-            if self.exact:
-                self._exactly(part)
+            if fixed:
+                self._fixed(part)
             else:
                 hidden = swiglu(F.linear(part.rows.tensor(), self._gate_up[part.slot]))
                 torch.mm(hidden, self._down_turned[part.slot], out=part.answer.tensor())
 
-    def _exactly(self, part: Part) -> None:
+    def _fixed(self, part: Part) -> None:
         """The bits of `_together`, without its tables: the same kernel."""
-        weight, n = self._gate_up[part.slot], len(part.rows)
-        gated = torch.empty(n, weight.shape[0], dtype=weight.dtype, device=weight.device)
-        product_at(part.rows.address, n, weight, gated.data_ptr())
-        hidden = swiglu(gated)
-        product_at(hidden.data_ptr(), n, self._down[part.slot], part.answer.address)
+        gate_up, down, n = self._gate_up[part.slot], self._down[part.slot], len(part.rows)
+        width = gate_up.shape[0]
+        scratch = self._scratch.take(n * (width + width // 2), gate_up)
+        gated = scratch.data_ptr()
+        hidden = gated + n * width * gate_up.itemsize
+        product_at(part.rows.address, n, gate_up, gated)
+        swiglu_at(gated, n, width // 2, gate_up.dtype, hidden)
+        product_at(hidden, n, down, part.answer.address)
 
     def _together(self, parts: Sequence[Part], memory: Tensor, rows: int) -> None:
         outputs = self.gate_up.shape[1]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -120,8 +120,7 @@ def product_at(source: int, rows: int, weight: Tensor, target: int, tile: Tile |
         _launch(source, weight, target, None, rows, -(-rows // tile.rows), tile, 1, 1)
 
 
-@dataclass(frozen=True)
-class Section:
+class Section(NamedTuple):
     """R rows that meet one weight: rows [R, I] at an offset of one tensor, outputs [R, O] at one of another."""
 
     weight: int  # place in the stack of weights
@@ -149,16 +148,16 @@ def tile_table(
     sections: Sequence[Section], tile_rows: int, inputs: int, outputs: int, in_unit: int, out_unit: int
 ) -> np.ndarray:
     """int64 [tiles, 4]: rows that are left, offset of the rows, weight, offset of the outputs; offsets in units."""
-    parts = []
-    for section in sections:
-        begin = np.arange(0, section.rows, tile_rows, dtype=np.int64)
-        part = np.empty((len(begin), 4), dtype=np.int64)
-        part[:, 0] = section.rows - begin
-        part[:, 1] = (section.source + begin * inputs) // in_unit
-        part[:, 2] = section.weight
-        part[:, 3] = (section.target + begin * outputs) // out_unit
-        parts.append(part)
-    return np.concatenate(parts)
+    weights, rows, sources, targets = np.array(sections, dtype=np.int64).T
+    tiles = -(-rows // tile_rows)
+    owner = np.repeat(np.arange(len(sections)), tiles)
+    begin = (np.arange(len(owner)) - (tiles.cumsum() - tiles)[owner]) * tile_rows
+    table = np.empty((len(owner), 4), dtype=np.int64)
+    table[:, 0] = rows[owner] - begin
+    table[:, 1] = (sources[owner] + begin * inputs) // in_unit
+    table[:, 2] = weights[owner]
+    table[:, 3] = (targets[owner] + begin * outputs) // out_unit
+    return table
 
 
 def tile_for(dtype: torch.dtype, rows: int) -> Tile:

@@ -37,13 +37,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.f
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [R, 2F] contiguous, gate first -> g / (1 + exp(-g)) * u [R, F] in the same dtype."""
     rows, width = gate_up.shape
-    f = width // 2
-    out = torch.empty(rows, f, dtype=gate_up.dtype, device=gate_up.device)
-    if rows:
-        source, target = gate_up.data_ptr(), out.data_ptr()
-        wide = _wide(f, gate_up.itemsize, source | target)
-        _kernel(f"swiglu<{_NAMES[gate_up.dtype]}, {wide}>", 3)(rows, _threads(f // wide), [source, target, f])
+    out = torch.empty(rows, width // 2, dtype=gate_up.dtype, device=gate_up.device)
+    swiglu_at(gate_up.data_ptr(), rows, width // 2, gate_up.dtype, out.data_ptr())
     return out
+
+
+def swiglu_at(source: int, rows: int, f: int, dtype: torch.dtype, target: int) -> None:
+    """The same, of rows [R, 2F] at one address into [R, F] at another."""
+    if rows:
+        wide = _wide(f, dtype.itemsize, source | target)
+        _kernel(f"swiglu<{_NAMES[dtype]}, {wide}>", 3)(rows, _threads(f // wide), [source, target, f])
 
 
 def gather(rows: Tensor, pairs: Tensor, top_k: int, out: int) -> None:
