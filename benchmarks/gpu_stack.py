@@ -7,6 +7,7 @@ of a random gate, made before the clock starts. Beside it, in the same process a
 
 - pure: the experts alone, on as many rows as they get.
 - ceiling: pack, experts and combine on the same streams and with as many microbatches, nothing sent.
+- copies: of a staged run, what goes between GPU and host, both ways at once and nothing else.
 - lockstep: pack, `all_to_all_single` of NCCL, experts, `all_to_all_single`, combine, one layer after the other.
 
 Times are ms per layer and microbatch, the slowest rank's, medians of the rounds.
@@ -35,12 +36,14 @@ from mpi4py import MPI
 from torch import Tensor
 
 from moempi.device import cuda_rows
-from moempi.device.cuda_experts import Part, Stack
-from moempi.device.cuda_memory import MessageMemory, block_bytes
+from moempi.device.cuda_experts import Part, Scratch, Stack
+from moempi.device.cuda_memory import MessageMemory, Rows, block_bytes
+from moempi.device.cuda_transfer import Copies
 from moempi.exchange.arrivals_cuda import CudaExperts
 from moempi.exchange.dispatch_cuda import combine, dispatch, on_gpu
 from moempi.exchange.engine import Channels, Limits
 from moempi.exchange.engine_cuda import CudaEngine
+from moempi.exchange.host_memory import HostMemory
 from moempi.exchange.plan import Tags
 from moempi.exchange.slots import layer_tables
 from moempi.job import PlacementOptions
@@ -71,7 +74,8 @@ class Bench:
         random = torch.Generator(self.device).manual_seed(self.world.rank)
         tables = layer_tables(place(config, n, PlacementOptions(), 1))
         self.tables = on_gpu(tables, self.device)
-        self.layers = {layer: self._stack(random) for layer in tables}
+        scratch = Scratch()
+        self.layers = {layer: self._stack(random, scratch) for layer in tables}
         self.x = [self._draw(random, self.tokens, D) for _ in range(self.microbatches)]
         gate = self._draw(random, n, D)
         self.routes = [Route(*cuda_rows.choose_experts((x @ gate.T).float(), n, True)) for x in self.x]
@@ -79,8 +83,9 @@ class Bench:
         rows = self.tokens * D * DTYPE.itemsize
         home = self.microbatches * block_bytes([n * rows, n * rows])
         arrivals = self.microbatches * (n - 1) * block_bytes([rows, rows]) or 1
-        self.memory = MessageMemory(self.device, home, arrivals, staged=self.staged)
+        self.memory = MessageMemory(self.device, home, arrivals)
         flat = self.memory.memory.view(DTYPE)
+        self.host = HostMemory(self.world, self.memory.memory.nbytes) if self.staged else None
         self.engine = CudaEngine(
             Channels(self.world.Dup(), self.world.Dup(), self.world.Dup()),
             tables,
@@ -92,18 +97,21 @@ class Bench:
             Recorder("off", self.world.rank, n, LAYERS, n, n),
             payload=self.world.Dup(),
             memory=self.memory,
+            host=self.host,
         )
         # For what sends nothing: rows that came, their answers and what a combine reads, all of one microbatch.
         self.rows = self._draw(random, n * self.tokens, D)
         self.answers = torch.empty_like(self.rows)
-        self.pairs, self.places, _ = cuda_rows.sort_pairs(self.routes[0].experts, n)
+        one, counts = self.tables[0], torch.empty(n, dtype=torch.int64, device=self.device)
+        replicas = one.cover_of, one.n_replicas
+        self.pairs, self.places = cuda_rows.sort_pairs(self.routes[0].experts, self.turns, *replicas, 0, counts)
 
     def _draw(self, random: torch.Generator, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=random, device=self.device).to(DTYPE) / 8
 
-    def _stack(self, random: torch.Generator) -> Stack:
+    def _stack(self, random: torch.Generator, scratch: Scratch) -> Stack:
         gate_up, down = self._draw(random, 1, 2 * HIDDEN, D), self._draw(random, 1, D, HIDDEN)
-        return Stack(gate_up / 8, down / 8, exact=self.exact)
+        return Stack(gate_up / 8, down / 8, exact=self.exact, scratch=scratch)
 
     # ------------------------------------------------------------ what is timed; each does STEPS passes of all
 
@@ -131,10 +139,9 @@ class Bench:
         high, low = self.engine.high, self.engine.low
         for layer in self._passes():
             with torch.cuda.stream(high):
-                cuda_rows.gather(self.x[0], self.pairs, self.world.size, self.rows)
-                packed = self.engine.mark()
+                self._pack()
             with torch.cuda.stream(low):
-                low.wait_event(packed)
+                low.wait_stream(high)
                 self._compute(layer)
             with torch.cuda.stream(high):
                 cuda_rows.combine(self.x[0], self.answers, self.places, self.routes[0].weights)
@@ -143,24 +150,33 @@ class Bench:
         """The usual way."""
         got, back = torch.empty_like(self.rows), torch.empty_like(self.rows)
         for layer in self._passes():
-            cuda_rows.gather(self.x[0], self.pairs, self.world.size, self.rows)
+            self._pack()
             dist.all_to_all_single(got, self.rows)
             self._compute(layer)
             dist.all_to_all_single(back, self.answers)
             cuda_rows.combine(self.x[0], back, self.places, self.routes[0].weights)
 
+    def copies(self) -> None:
+        """What staging has to copy between the GPU and the host, both ways at once, and nothing else."""
+        assert self.host is not None
+        copies, gpu, host = Copies(), self.memory.memory.data_ptr(), self.host.own
+        nbytes = (self.world.size - 1) * self.tokens * D * DTYPE.itemsize
+        for _ in self._passes():
+            for _ in ("rows", "answers"):
+                copies.to_host(gpu, host, nbytes, lambda: None)
+                copies.to_device(host + nbytes, gpu + nbytes, nbytes, lambda: None)
+        while any(copies.clocks):
+            for clock in copies.clocks:
+                clock.look()
+
+    def _pack(self) -> None:
+        cuda_rows.gather(self.x[0], self.pairs, self.world.size, self.rows.data_ptr())
+
     def _passes(self) -> list[int]:
         return [layer for _ in range(STEPS * self.microbatches) for layer in self.layers]
 
     def _compute(self, layer: int) -> None:
-        stack = self.layers[layer]
-        if not self.exact:
-            stack([Part(0, self.rows, self.answers)], self.rows.view(-1))
-            return
-        # The grouped product finds rows and answers in one memory: the homes' blocks are free here.
-        flat, n = self.memory.memory.view(DTYPE), self.rows.numel()
-        at = [flat[i * n : (i + 1) * n].view(self.rows.shape) for i in range(2)]
-        stack([Part(0, at[0], at[1])], flat)
+        self.layers[layer]([Part(0, Rows.of(self.rows), Rows.of(self.answers))], self.rows.view(-1))
 
     def time(self, work: Callable[[], None]) -> list[float]:
         """ms per layer and microbatch of every round, the slowest rank's."""
@@ -230,7 +246,10 @@ def main() -> None:
     grid = [(tokens, m, exact, False) for exact in (True, False) for tokens, m in sizes]
     with torch.inference_mode():
         for tokens, microbatches, exact, staged in [*grid, (8192, 3, False, True)]:
-            row = measure(Bench(world, exact, staged, tokens, microbatches), only_stack=staged or tokens == 1)
+            bench = Bench(world, exact, staged, tokens, microbatches)
+            row = measure(bench)
+            bench.engine.free()
+            del bench
             results["stack"].append(row)
             if world.rank == 0:
                 print(shown(row), flush=True)
@@ -250,9 +269,13 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def measure(bench: Bench, *, only_stack: bool) -> dict[str, Any]:
+def measure(bench: Bench) -> dict[str, Any]:
     """One row of the results."""
-    names = ["stack"] if only_stack else ["stack", "pure", "ceiling", "lockstep"]
+    names = ["stack"]
+    if bench.staged:
+        names += ["pure", "copies"]
+    elif bench.tokens > 1:
+        names += ["pure", "ceiling", "lockstep"]
     times = {name: bench.time(getattr(bench, name)) for name in names}
     return {
         "tokens": bench.tokens,
@@ -269,7 +292,9 @@ def shown(row: dict[str, Any]) -> str:
     ms = row["ms"]
     text = f"{row['mode']} T={row['tokens']} M={row['microbatches']}{' staged' if row['staged'] else ''}: "
     text += ", ".join(f"{name} {value:.3f}" for name, value in ms.items())
-    if "pure" in ms:
+    if "copies" in ms:
+        text += f"; slower of pure and copies / stack {max(ms['pure'], ms['copies']) / ms['stack']:.3f}"
+    if "ceiling" in ms:
         text += f"; of pure {ms['pure'] / ms['stack']:.3f}, of ceiling {ms['ceiling'] / ms['stack']:.3f}"
         text += f", lockstep / stack {ms['lockstep'] / ms['stack']:.3f}"
     return text

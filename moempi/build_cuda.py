@@ -6,13 +6,14 @@ import torch
 
 from moempi.build import Rank, load_slots
 from moempi.device.cuda import Cuda
-from moempi.device.cuda_experts import Layer, Pieces, Stack
+from moempi.device.cuda_experts import Layer, Pieces, Scratch, Stack
 from moempi.device.cuda_memory import MessageMemory, block_bytes
 from moempi.exchange.arrivals_cuda import CudaExperts
 from moempi.exchange.dispatch_cuda import on_gpu
 from moempi.exchange.engine import Channels, Engine, Limits
 from moempi.exchange.engine_cuda import CudaEngine
-from moempi.exchange.gpu_aware import Way, choose_way
+from moempi.exchange.gpu_aware import choose_way
+from moempi.exchange.host_memory import HostMemory
 from moempi.exchange.slots import LayerTable, layer_tables
 from moempi.exchange.topology import Topology
 from moempi.files.weights import Weights, open_weights
@@ -49,7 +50,7 @@ def build_rank(
     way = choose_way(topology, job.exchange.gpu_aware)
     tables = layer_tables(layout.placement)
     kv_tokens = layout.kv_tokens if world.rank in layout.homes else 0
-    memory = message_memory(shape, device, way)
+    memory = message_memory(shape, device)
     with open_weights(job.model.weights) as weights:
         layers = load_layers(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
         network = Network(config, device, weights.tensor, shape.dtype)
@@ -66,6 +67,7 @@ def build_rank(
         recorder,
         payload=world.Dup(),
         memory=memory,
+        host=HostMemory(world, memory.memory.nbytes) if way.staged else None,
     )
     control = Control(world.Dup(), engine.requests)
     home = Home(
@@ -91,14 +93,14 @@ def build_rank(
     return Rank(engine, home, control, forward, None, device, str(way))
 
 
-def message_memory(shape: Shape, device: Cuda, way: Way) -> MessageMemory:
+def message_memory(shape: Shape, device: Cuda) -> MessageMemory:
     """The arenas of a rank, as the memory plan has them."""
     config, layout, nbytes = shape.config, shape.layout, shape.dtype.itemsize
     own = plan.home_message_bytes(config, nbytes, layout.step_tokens, layout.placement)
     # Two parts of a block round up.
     spare = 2 * block_bytes([1, 1])
     home = layout.n_microbatches * (own + spare)
-    return MessageMemory(device.device, home, layout.arrival_budget + spare, staged=way.staged)
+    return MessageMemory(device.device, home, layout.arrival_budget + spare)
 
 
 def load_layers(
@@ -106,18 +108,21 @@ def load_layers(
 ) -> dict[int, Layer]:
     """The experts that a rank holds, layer by layer; nothing else of the experts is read."""
     layers: dict[int, Layer] = {}
+    scratch = Scratch()
     for layer, table in tables.items():
         if not table.slots_on(rank):
             continue
         if leaves == 1:
-            layers[layer] = _load_stack(weights, table, rank, device, dtype)
+            layers[layer] = _load_stack(weights, table, rank, device, dtype, scratch)
         else:
             slots = load_slots(weights, {layer: table}, rank, device, dtype, leaves)
             layers[layer] = Pieces({number: expert for (_, number), expert in slots.items()})
     return layers
 
 
-def _load_stack(weights: Weights, table: LayerTable, rank: int, device: Cuda, dtype: torch.dtype) -> Stack:
+def _load_stack(
+    weights: Weights, table: LayerTable, rank: int, device: Cuda, dtype: torch.dtype, scratch: Scratch
+) -> Stack:
     """Whole experts, read one after the other into one stack."""
     hidden, d = weights.config.expert_hidden, weights.config.d_model
     n = table.slots_on(rank)
@@ -128,4 +133,4 @@ def _load_stack(weights: Weights, table: LayerTable, rank: int, device: Cuda, dt
         number = int(table.number[slot])
         read = weights.expert(table.layer, int(table.expert[slot]), begin, end)
         gate_up[number], down[number] = read[0].to(dtype), read[1].to(dtype)
-    return Stack(gate_up, down, exact=device.exact)
+    return Stack(gate_up, down, exact=device.exact, scratch=scratch)

@@ -8,7 +8,7 @@ are complete; who holds it sees to that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,56 @@ from torch import Tensor
 from moempi.device.arena import Arena, aligned
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A piece of one of the two arenas."""
 
     offset: int
     home: bool  # of the homes' arena; else of the arrivals'
+
+
+class Rows:
+    """Rows [R, D] somewhere in a flat memory: four numbers, and a tensor only where torch is to compute.
+
+    Args:
+        memory: flat, from the begin of its storage.
+        begin: of the rows, in elements.
+    """
+
+    __slots__ = ("begin", "d", "memory", "n")
+
+    def __init__(self, memory: Tensor, begin: int, n: int, d: int):
+        self.memory, self.begin, self.n, self.d = memory, begin, n, d
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Rows:
+        """The rows of a contiguous tensor [R, D] that begins with its storage."""
+        return cls(tensor.view(-1), 0, *tensor.shape)
+
+    def __len__(self) -> int:
+        return self.n
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.n * self.d * self.memory.itemsize
+
+    @property
+    def offset(self) -> int:
+        """Bytes before the rows in their memory."""
+        return self.begin * self.memory.itemsize
+
+    @property
+    def address(self) -> int:
+        """On the GPU."""
+        return self.memory.data_ptr() + self.begin * self.memory.itemsize
+
+    def part(self, lo: int, hi: int) -> Rows:
+        """Rows [lo, hi)."""
+        return self if hi - lo == self.n else Rows(self.memory, self.begin + lo * self.d, hi - lo, self.d)
+
+    def tensor(self) -> Tensor:
+        """A view [R, D]."""
+        return self.memory.as_strided((self.n, self.d), (self.d, 1), self.begin)
 
 
 class MessageMemory:
@@ -31,15 +75,13 @@ class MessageMemory:
 
     Args:
         home_bytes, arrival_bytes: sizes of the arenas.
-        staged: MPI gets pinned host memory of the same layout instead of the GPU's.
     """
 
-    def __init__(self, device: torch.device, home_bytes: int, arrival_bytes: int, *, staged: bool):
+    def __init__(self, device: torch.device, home_bytes: int, arrival_bytes: int):
         self.home = Arena(0, home_bytes)
         self.arrivals = Arena(self.home.end, arrival_bytes)
         self.memory = torch.empty(self.arrivals.end, dtype=torch.uint8, device=device)
-        self.host = torch.empty(self.arrivals.end, dtype=torch.uint8, pin_memory=True) if staged else None
-        self.copies = torch.cuda.Stream(device, priority=-1) if staged else None
+        self._typed = {dtype: self.memory.view(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
     def take(self, nbytes: int, *, home: bool) -> Block | None:
         """A block, or None while there is no room."""
@@ -50,37 +92,11 @@ class MessageMemory:
         """Take a block back. Nothing may be about to read or write it."""
         (self.home if block.home else self.arrivals).give(block.offset)
 
-    def rows(self, block: Block, skip: int, n: int, d: int, dtype: torch.dtype) -> Tensor:
+    def rows(self, block: Block, skip: int, n: int, d: int, dtype: torch.dtype) -> Rows:
         """n rows [n, D] of a block, behind `skip` bytes."""
-        begin = block.offset + skip
-        return self.memory[begin : begin + n * d * dtype.itemsize].view(dtype).view(n, d)
-
-    def address(self, rows: Tensor) -> int:
-        """Where MPI finds or puts rows of this memory."""
-        if self.host is None:
-            return rows.data_ptr()
-        return self.host.data_ptr() + rows.data_ptr() - self.memory.data_ptr()
-
-    def leave(self, rows: Tensor) -> torch.cuda.Event | None:
-        """Get rows, which are complete, ready for MPI to read; None: they are, else once the event has passed."""
-        return self._copy(rows, to_host=True)
-
-    def land(self, rows: Tensor) -> torch.cuda.Event | None:
-        """Make rows that MPI has written visible to kernels; None: they are, else once the event has passed."""
-        return self._copy(rows, to_host=False)
-
-    def _copy(self, rows: Tensor, *, to_host: bool) -> torch.cuda.Event | None:
-        if self.host is None or self.copies is None:
-            return None
-        begin = rows.data_ptr() - self.memory.data_ptr()
-        there, here = self.memory[begin : begin + rows.nbytes], self.host[begin : begin + rows.nbytes]
-        with torch.cuda.stream(self.copies):
-            (here if to_host else there).copy_(there if to_host else here, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        return event
+        return Rows(self._typed[dtype], (block.offset + skip) // dtype.itemsize, n, d)
 
 
 def block_bytes(parts: Sequence[int]) -> int:
     """Bytes of a block with several parts, each aligned."""
-    return sum(aligned(part) for part in parts)
+    return sum(map(aligned, parts))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moempi.device.cuda_launch import current_stream
 from moempi.device.cuda_transfer import to_device
 
 
@@ -42,7 +45,7 @@ _GROUP = 8  # tiles of rows that share a weight's tile in the cache
 _UNIT = 16  # bytes: offsets are counted in these where all rows are aligned to them, so that loads are wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])  # a kernel for every number of rows would be compiled while a job runs
 def _product(  # type: ignore[no-untyped-def]
     rows_base,
     weights,
@@ -99,24 +102,25 @@ def _product(  # type: ignore[no-untyped-def]
     tl.store(y + row.to(tl.int64)[:, None] * n_outputs + output[None, :], total.to(y.dtype.element_ty), mask=mask)
 
 
-def product(x: Tensor, weight: Tensor, tile: Tile | None = None, out: Tensor | None = None) -> Tensor:
+def product(x: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
     """x [R, I] @ weight [O, I].T -> [R, O], in the weight's dtype, for any R; all contiguous.
 
     Args:
         tile: for tests; by default what suits the number of rows.
-        out: [R, O], if it is there already.
     """
-    rows, outputs = x.shape[0], weight.shape[0]
-    if out is None:
-        out = torch.empty(rows, outputs, dtype=weight.dtype, device=weight.device)
-    if rows:
-        tile = tile or tile_for(weight.dtype, rows)
-        _launch(x, weight, out, None, rows, -(-rows // tile.rows), tile, 1, 1)
+    out = torch.empty(x.shape[0], weight.shape[0], dtype=weight.dtype, device=weight.device)
+    product_at(x.data_ptr(), x.shape[0], weight, out.data_ptr(), tile)
     return out
 
 
-@dataclass(frozen=True)
-class Section:
+def product_at(source: int, rows: int, weight: Tensor, target: int, tile: Tile | None = None) -> None:
+    """The product of rows [R, I] at one address into [R, O] at another, both in the weight's dtype."""
+    if rows:
+        tile = tile or tile_for(weight.dtype, rows)
+        _launch(source, weight, target, None, rows, -(-rows // tile.rows), tile, 1, 1)
+
+
+class Section(NamedTuple):
     """R rows that meet one weight: rows [R, I] at an offset of one tensor, outputs [R, O] at one of another."""
 
     weight: int  # place in the stack of weights
@@ -136,23 +140,24 @@ def grouped_product(source: Tensor, weights: Tensor, target: Tensor, sections: S
     inputs, outputs = weights.shape[2], weights.shape[1]
     units = _units(source, inputs, [s.source for s in sections]), _units(target, outputs, [s.target for s in sections])
     table = tile_table(sections, tile.rows, inputs, outputs, *units)
-    _launch(source, weights, target, to_device(torch.from_numpy(table), weights.device), 0, len(table), tile, *units)
+    on_gpu = to_device(torch.from_numpy(table), weights.device)
+    _launch(source.data_ptr(), weights, target.data_ptr(), on_gpu.data_ptr(), 0, len(table), tile, *units)
 
 
 def tile_table(
     sections: Sequence[Section], tile_rows: int, inputs: int, outputs: int, in_unit: int, out_unit: int
 ) -> np.ndarray:
     """int64 [tiles, 4]: rows that are left, offset of the rows, weight, offset of the outputs; offsets in units."""
-    parts = []
-    for section in sections:
-        begin = np.arange(0, section.rows, tile_rows, dtype=np.int64)
-        part = np.empty((len(begin), 4), dtype=np.int64)
-        part[:, 0] = section.rows - begin
-        part[:, 1] = (section.source + begin * inputs) // in_unit
-        part[:, 2] = section.weight
-        part[:, 3] = (section.target + begin * outputs) // out_unit
-        parts.append(part)
-    return np.concatenate(parts)
+    weights, rows, sources, targets = np.array(sections, dtype=np.int64).T
+    tiles = -(-rows // tile_rows)
+    owner = np.repeat(np.arange(len(sections)), tiles)
+    begin = (np.arange(len(owner)) - (tiles.cumsum() - tiles)[owner]) * tile_rows
+    table = np.empty((len(owner), 4), dtype=np.int64)
+    table[:, 0] = rows[owner] - begin
+    table[:, 1] = (sources[owner] + begin * inputs) // in_unit
+    table[:, 2] = weights[owner]
+    table[:, 3] = (targets[owner] + begin * outputs) // out_unit
+    return table
 
 
 def tile_for(dtype: torch.dtype, rows: int) -> Tile:
@@ -167,10 +172,10 @@ def _units(memory: Tensor, row: int, offsets: Sequence[int]) -> int:
 
 
 def _launch(
-    source: Tensor,
+    source: int,
     weights: Tensor,
-    target: Tensor,
-    table: Tensor | None,
+    target: int,
+    table: int | None,
     rows: int,
     tiles: int,
     tile: Tile,
@@ -178,22 +183,50 @@ def _launch(
     out_unit: int,
 ) -> None:
     outputs, inputs = weights.shape[-2:]
-    _product[(tiles * -(-outputs // tile.outputs),)](
-        source,
-        weights,
-        target,
-        table,
-        rows,
-        outputs,
-        inputs,
-        IN_UNIT=in_unit,
-        OUT_UNIT=out_unit,
-        SINGLE=table is None,
-        ROWS=tile.rows,
-        OUTPUTS=tile.outputs,
-        BLOCK=tile.inputs,
-        EVEN=inputs % tile.inputs == 0,
-        GROUP=_GROUP,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+    addresses = source, weights.data_ptr(), target
+    aligned = (source % _UNIT == 0, addresses[1] % _UNIT == 0, target % _UNIT == 0)
+    kernel, constants = _compiled(weights.dtype, aligned, table is None, outputs, inputs, tile, in_unit, out_unit)
+    grid = (tiles * -(-outputs // tile.outputs), 1, 1)
+    kernel[grid](*addresses, table, rows, outputs, inputs, *constants, stream=current_stream())
+
+
+@cache
+def _compiled(
+    dtype: torch.dtype,
+    aligned: tuple[bool, bool, bool],
+    single: bool,
+    outputs: int,
+    inputs: int,
+    tile: Tile,
+    in_unit: int,
+    out_unit: int,
+) -> tuple[Any, tuple[int | bool, ...]]:
+    """The kernel for products of a kind, with its constants: Triton's own search for it takes longer than a launch."""
+    constants = {
+        "IN_UNIT": in_unit,
+        "OUT_UNIT": out_unit,
+        "SINGLE": single,
+        "ROWS": tile.rows,
+        "OUTPUTS": tile.outputs,
+        "BLOCK": tile.inputs,
+        "EVEN": inputs % tile.inputs == 0,
+        "GROUP": _GROUP,
+    }
+    pointers = [_Pointer(dtype, 0 if wide else dtype.itemsize) for wide in aligned]
+    table = None if single else _Pointer(torch.int64, 0)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    kernel = _product.warmup(*pointers, table, 2, outputs, inputs, **constants, **options, grid=(1,))
+    return kernel, tuple(constants.values())
+
+
+class _Pointer:
+    """What Triton asks of a tensor in order to compile for it."""
+
+    def __init__(self, dtype: torch.dtype, address: int):
+        self.dtype, self._address = dtype, address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+    def ptr_range(self) -> int:
+        return 0

@@ -10,10 +10,10 @@ from __future__ import annotations
 from functools import cache
 
 import cupy
-import numpy as np
 import torch
 from torch import Tensor
 
+from moempi.device.cuda_launch import Kernel, float_bits
 from moempi.device.cuda_source import SOURCE
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -29,27 +29,34 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.f
     if rows:
         # The number of threads is part of the order of the sum: it follows from D alone.
         threads = 32 if d <= 256 else 256
-        name = f"rms_norm<{_NAMES[x.dtype]}, {_NAMES[dtype]}>"
-        _launch(name, rows, threads, x, weight, out, weight.numel() // d, d, np.float32(eps))
+        values = [x.data_ptr(), weight.data_ptr(), out.data_ptr(), weight.numel() // d, d, float_bits(eps)]
+        _kernel(f"rms_norm<{_NAMES[x.dtype]}, {_NAMES[dtype]}>", 6)(rows, threads, values)
     return out
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """gate_up [R, 2F] contiguous, gate first -> g / (1 + exp(-g)) * u [R, F] in the same dtype."""
-    rows, f = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty(rows, f, dtype=gate_up.dtype, device=gate_up.device)
-    if rows:
-        wide = _wide(f, gate_up, out)
-        _launch(f"swiglu<{_NAMES[gate_up.dtype]}, {wide}>", rows, _threads(f // wide), gate_up, out, f)
+    rows, width = gate_up.shape
+    out = torch.empty(rows, width // 2, dtype=gate_up.dtype, device=gate_up.device)
+    swiglu_at(gate_up.data_ptr(), rows, width // 2, gate_up.dtype, out.data_ptr())
     return out
 
 
-def gather(rows: Tensor, pairs: Tensor, top_k: int, out: Tensor) -> None:
-    """Row `pairs[r] // top_k` of rows [T, D] into row r of out [R, D]; pairs [R] int32."""
-    if len(pairs):
-        d = rows.shape[1]
-        wide = _wide(d, rows, out)
-        _launch(f"gather<{_NAMES[rows.dtype]}, {wide}>", len(pairs), _threads(d // wide), rows, pairs, out, top_k, d)
+def swiglu_at(source: int, rows: int, f: int, dtype: torch.dtype, target: int) -> None:
+    """The same, of rows [R, 2F] at one address into [R, F] at another."""
+    if rows:
+        wide = _wide(f, dtype.itemsize, source | target)
+        _kernel(f"swiglu<{_NAMES[dtype]}, {wide}>", 3)(rows, _threads(f // wide), [source, target, f])
+
+
+def gather(rows: Tensor, pairs: Tensor, top_k: int, out: int) -> None:
+    """Row `pairs[r] // top_k` of rows [T, D] into row r of [R, D] at address `out`, in their dtype; pairs [R] int32."""
+    n, d = pairs.shape[0], rows.shape[1]
+    if n:
+        source = rows.data_ptr()
+        wide = _wide(d, rows.itemsize, source | out)
+        values = [source, pairs.data_ptr(), out, top_k, d]
+        _kernel(f"gather<{_NAMES[rows.dtype]}, {wide}>", 5)(n, _threads(d // wide), values)
 
 
 def combine(x: Tensor, answers: Tensor, places: Tensor, weights: Tensor) -> Tensor:
@@ -63,9 +70,11 @@ def combine(x: Tensor, answers: Tensor, places: Tensor, weights: Tensor) -> Tens
     out = torch.empty_like(x)
     t, d = x.shape
     if t:
-        wide = _wide(d, x, answers, out)
+        a, b, c = x.data_ptr(), answers.data_ptr(), out.data_ptr()
+        wide = _wide(d, max(x.itemsize, answers.itemsize), a | b | c)
+        values = [a, b, places.data_ptr(), weights.data_ptr(), c, places.shape[1], d]
         name = f"combine<{_NAMES[x.dtype]}, {_NAMES[answers.dtype]}, {wide}>"
-        _launch(name, t, _threads(d // wide), x, answers, places, weights, out, places.shape[1], d)
+        _kernel(name, 7)(t, _threads(d // wide), values)
     return out
 
 
@@ -79,40 +88,34 @@ def choose_experts(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor,
     weights = torch.empty(t, top_k, dtype=torch.float32, device=logits.device)
     if t:
         warps = 4 if e <= 2048 else 1
-        args = (logits, experts, weights, t, e, top_k, int(normalize))
-        _launch("choose", -(-t // warps), 32 * warps, *args, shared=4 * e * warps)
+        values = [logits.data_ptr(), experts.data_ptr(), weights.data_ptr(), t, e, top_k, int(normalize)]
+        _kernel("choose", 7)(-(-t // warps), 32 * warps, values, shared=4 * e * warps)
     return experts, weights
 
 
-def choose_covers(experts: Tensor, turns: Tensor, cover_of: Tensor, n_replicas: Tensor, layer: int) -> Tensor:
-    """Covers [T, K] int32 of experts [T, K]: replicas take turns by (turn + layer).
+def sort_pairs(
+    experts: Tensor, turns: Tensor, cover_of: Tensor, n_replicas: Tensor, layer: int, counts: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sort the pairs (token, k) by cover, keeping their order within one; replicas take turns by (turn + layer).
 
     Args:
+        experts: [T, K] int32.
         turns: [T] int64, sequence + position of every token.
         cover_of: [E, most replicas] int32.
         n_replicas: [E] int32.
-    """
-    covers = torch.empty_like(experts)
-    n = experts.numel()
-    if n:
-        args = (experts, turns, cover_of, n_replicas, covers, n, experts.shape[1], cover_of.shape[1], layer)
-        _launch("choose_covers", -(-n // 256), 256, *args)
-    return covers
-
-
-def sort_pairs(covers: Tensor, n_covers: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort the pairs (token, k) by cover, keeping their order within one.
+        counts: [covers] int64, on the GPU or in pinned memory of the host: gets the pairs of every cover.
 
     Returns:
-        pairs [T * K] int32 by ascending cover, places [T, K] int32 (where each pair is among them), and counts
-        [n_covers] int64.
+        pairs [T * K] int32 by ascending cover, and places [T, K] int32: where each pair is among them.
     """
-    pairs = torch.empty(covers.numel(), dtype=torch.int32, device=covers.device)
-    places = torch.empty_like(covers)
-    counts = torch.zeros(n_covers, dtype=torch.int64, device=covers.device)
-    if covers.numel():
-        _launch("sort_pairs", n_covers, 1024, covers, pairs, places, counts, covers.numel())
-    return pairs, places, counts
+    n, (_, top_k) = experts.numel(), experts.shape
+    pairs = torch.empty(n, dtype=torch.int32, device=experts.device)
+    places = torch.empty_like(experts)
+    inputs = experts.data_ptr(), turns.data_ptr(), cover_of.data_ptr(), n_replicas.data_ptr()
+    outputs = pairs.data_ptr(), places.data_ptr(), counts.data_ptr()
+    values = [*inputs, *outputs, n, top_k, cover_of.shape[1], layer]
+    _kernel("sort_pairs", 11)(counts.shape[0], 1024, values)
+    return pairs, places
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,34 +127,22 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     tokens = torch.empty(s, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(s, dtype=torch.float32, device=logits.device)
     if s:
-        _launch("greedy", s, 1024, logits, tokens, logprobs, v)
+        _kernel("greedy", 4)(s, 1024, [logits.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), v])
     return tokens, logprobs
 
 
 # ---------------------------------------------------------------- launching
 
 
-def _launch(name: str, blocks: int, threads: int, *args: Tensor | int | np.float32, shared: int = 0) -> None:
-    values = tuple(arg.data_ptr() if isinstance(arg, Tensor) else arg for arg in args)
-    # The pointer straight from torch: `current_stream` makes an object for it, which takes as long as the launch.
-    with _stream(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())):
-        _kernel(name)((blocks,), (threads,), values, shared_mem=shared)
-
-
 @cache
-def _stream(pointer: int) -> cupy.cuda.Stream:
-    return cupy.cuda.ExternalStream(pointer)
-
-
-@cache
-def _kernel(name: str) -> cupy.RawKernel:
-    return _module().get_function(name)
+def _kernel(name: str, n_parameters: int) -> Kernel:
+    return Kernel(_module().get_function(name), n_parameters)
 
 
 @cache
 def _module() -> cupy.RawModule:
     types = _NAMES.values()
-    names = ["choose", "choose_covers", "sort_pairs", "greedy"]
+    names = ["choose", "sort_pairs", "greedy"]
     names += [f"rms_norm<{a}, {b}>" for a in types for b in types]
     for wide_float, wide_bf16 in ((4, 8), (1, 1)):
         wide = {"float": wide_float, "bf16": wide_bf16}
@@ -162,11 +153,15 @@ def _module() -> cupy.RawModule:
     return cupy.RawModule(code=SOURCE, options=("--std=c++17", "--fmad=false"), name_expressions=names)
 
 
-def _wide(d: int, *tensors: Tensor) -> int:
-    """Elements that a thread moves at once: 16 bytes of the largest type where all rows are aligned, else one."""
-    n = _WIDE // max(t.dtype.itemsize for t in tensors)
-    aligned = d % n == 0 and all(t.data_ptr() % (n * t.dtype.itemsize) == 0 for t in tensors)
-    return n if aligned else 1
+def _wide(d: int, itemsize: int, addresses: int) -> int:
+    """Elements that a thread moves at once: 16 bytes of the largest type where all rows are aligned to them, else one.
+
+    Args:
+        itemsize: of the largest type.
+        addresses: of all tensors, or-ed.
+    """
+    n = _WIDE // itemsize
+    return n if d % n == 0 and addresses % _WIDE == 0 else 1
 
 
 def _threads(chunks: int) -> int:

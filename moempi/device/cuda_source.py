@@ -133,20 +133,18 @@ __global__ void choose(const float* logits, int* experts, float* weights, intege
     for (integer k = lane; k < top_k; k += 32) weights[t * top_k + k] = weights[t * top_k + k] / total;
 }
 
-__global__ void choose_covers(const int* experts, const integer* turns, const int* cover_of, const int* n_replicas,
-                              int* covers, integer n, integer top_k, integer most, integer layer) {
-  const integer i = static_cast<integer>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= n) return;
-  const int e = experts[i];
-  covers[i] = cover_of[e * most + (turns[i / top_k] + layer) % n_replicas[e]];
-}
-
 // One block of 1024 threads per cover: it counts the pairs of smaller covers, then places its own in their order.
-__global__ void sort_pairs(const int* covers, int* pairs, int* places, integer* counts, integer n) {
+__global__ void sort_pairs(const int* experts, const integer* turns, const int* cover_of, const int* n_replicas,
+                           int* pairs, int* places, integer* counts, integer n, integer top_k, integer most,
+                           integer layer) {
   __shared__ int less[32], same[32];
   const int mine = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  auto cover = [&](integer i) {  // replicas take turns
+    const int e = experts[i];
+    return cover_of[e * most + (most > 1 ? (turns[i / top_k] + layer) % n_replicas[e] : 0)];
+  };
   int l = 0, s = 0;
-  for (integer i = threadIdx.x; i < n; i += 1024) { l += covers[i] < mine; s += covers[i] == mine; }
+  for (integer i = threadIdx.x; i < n; i += 1024) { const int c = cover(i); l += c < mine; s += c == mine; }
   l = __reduce_add_sync(0xffffffffu, l);
   s = __reduce_add_sync(0xffffffffu, s);
   if (lane == 0) { less[warp] = l; same[warp] = s; }
@@ -157,7 +155,7 @@ __global__ void sort_pairs(const int* covers, int* pairs, int* places, integer* 
   if (count == 0) return;
   for (integer begin = 0; begin < n; begin += 1024) {
     const integer i = begin + threadIdx.x;
-    const bool here = i < n && covers[i] == mine;
+    const bool here = i < n && cover(i) == mine;
     const unsigned votes = __ballot_sync(0xffffffffu, here);
     __syncthreads();
     if (lane == 0) same[warp] = __popc(votes);

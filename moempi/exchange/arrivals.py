@@ -6,11 +6,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from mpi4py import MPI
-from torch import Tensor
 
 from moempi.device.cpu_rows import SmallExpert, run_experts
 from moempi.exchange.tasks import Future
@@ -27,8 +27,8 @@ class Arrival:
     tag: int
     layer: int
     microbatch: int
-    rows: Tensor  # [R, D]
-    answer: Tensor  # [R, D] in the dtype that the layer is answered in
+    rows: Any  # [R, D]: a tensor; on a GPU `moempi.device.cuda_memory.Rows`
+    answer: Any  # [R, D] the same, in the dtype that the layer is answered in
     rows_per_slot: tuple[int, ...]
     left: int  # rows not computed yet
     done: Future | None = None  # set for local rows, whose answer is the home's own memory

@@ -52,7 +52,7 @@ class CudaExperts(Experts):
         parts, finished = [], []
         for number, section in taken:
             arrival, lo, hi = section.arrival, section.lo, section.hi
-            parts.append(Part(number, arrival.rows[lo:hi], arrival.answer[lo:hi]))
+            parts.append(Part(number, arrival.rows.part(lo, hi), arrival.answer.part(lo, hi)))
             arrival.left -= hi - lo
             if arrival.left == 0:
                 finished.append(arrival)

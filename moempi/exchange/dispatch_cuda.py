@@ -6,14 +6,15 @@ The host learns how many rows go to each slot, and nothing else of the routes: o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moempi.device import cuda_rows
-from moempi.device.cuda_memory import Block, block_bytes
+from moempi.device.cuda_memory import Block, Rows, block_bytes
 from moempi.exchange.engine_cuda import CudaEngine
 from moempi.exchange.plan import cut_into_pieces, plan_messages
 from moempi.exchange.slots import LayerTable
@@ -52,31 +53,29 @@ def _on_gpu(table: LayerTable, device: torch.device) -> CudaTable:
     )
 
 
-@dataclass(frozen=True)
-class CudaRows:
+class CudaRows(NamedTuple):
     """The answers of one dispatch and how to find a pair's among them."""
 
     table: LayerTable
-    answers: Tensor  # [R, D] by slot
+    answers: Rows  # [R, D] by slot
     places: Tensor  # [T, K] int32, place of every pair among those sorted by cover
     counts: np.ndarray  # [covers] pairs
     slot_begin: np.ndarray  # [S + 1]
     block: Block
-    dtype: torch.dtype = field(default=torch.float32)  # of the model
+    dtype: torch.dtype  # of the model
 
     def by_cover(self) -> Tensor:
         """[T * K, D]: the output of the expert of every pair, sorted by cover; in the model's dtype."""
+        answers = self.answers.tensor()
         if not self.table.cut:
-            return self.answers
-        whole = [self._whole(slots).to(self.dtype) for slots in self.table.covers]
-        return torch.cat(whole)
+            return answers
+        return torch.cat([self._whole(answers, slots).to(self.dtype) for slots in self.table.covers])
 
-    def _whole(self, slots: tuple[int, ...]) -> Tensor:
+    def _whole(self, answers: Tensor, slots: tuple[int, ...]) -> Tensor:
         """The sum of a cover's parts, in the order of the tree over all leaves."""
         begin = self.slot_begin
         parts = {
-            (int(self.table.lo[s]), int(self.table.hi[s])): self.answers[int(begin[s]) : int(begin[s + 1])]
-            for s in slots
+            (int(self.table.lo[s]), int(self.table.hi[s])): answers[int(begin[s]) : int(begin[s + 1])] for s in slots
         }
         return tree_sum(lambda lo, hi: parts.get((lo, hi)), 0, int(self.table.hi[slots[-1]]))
 
@@ -100,41 +99,39 @@ async def dispatch(
         most_rows: rows of a message, above which it is sent in pieces.
         key: of the step, for the trace.
     """
-    table = on_gpu.table
-    covers = cuda_rows.choose_covers(route.experts, turns, on_gpu.cover_of, on_gpu.n_replicas, table.layer)
-    pairs, places, device_counts = cuda_rows.sort_pairs(covers, len(table.covers))
-    if table.cut:
-        (counts,) = await engine.fetch(device_counts)
-        n = int(counts[on_gpu.cover_of_slot].sum())
-        rows, answers, block = await _reserve(engine, n, hidden.shape[1], table)
-        _pack(hidden, _by_slot(pairs, counts, on_gpu), route, rows)
-        await engine.passed(engine.mark())
-    else:
+    table, top_k = on_gpu.table, route.experts.shape[1]
+    # The kernel writes the counts into memory of the host: there is nothing to copy.
+    landing = engine.counts(microbatch, len(table.covers))
+    replicas = on_gpu.cover_of, on_gpu.n_replicas
+    pairs, places = cuda_rows.sort_pairs(route.experts, turns, *replicas, table.layer, landing)
+    if not table.cut:
         # The number of rows is known: they are packed before the host knows where they go.
-        rows, answers, block = await _reserve(engine, len(pairs), hidden.shape[1], table)
-        _pack(hidden, pairs, route, rows)
-        (counts,) = await engine.fetch(device_counts)
-    slot_begin, whole = plan_messages(counts[on_gpu.cover_of_slot], table)
+        rows, answers, block = await _reserve(engine, pairs.shape[0], hidden.shape[1], table)
+        cuda_rows.gather(hidden, pairs, top_k, rows.address)
+    await engine.passed()
+    counts = landing.numpy().copy()
+    if table.cut:
+        by_slot = _by_slot(pairs, counts, on_gpu)
+        rows, answers, block = await _reserve(engine, by_slot.shape[0], hidden.shape[1], table)
+        cuda_rows.gather(hidden, by_slot, top_k, rows.address)
+        await engine.passed()
+    slot_begin, whole = plan_messages(counts[on_gpu.cover_of_slot] if table.cut else counts, table)
     messages = [piece for message in whole for piece in cut_into_pieces(message, most_rows)]
     back = Future(sum(map(engine.notifications, messages)))
     engine.recorder.dispatching = key
     engine.recorder.lap(PACK, table.layer, key, len(rows))
     for m in messages:
-        engine.send(m, table.layer, microbatch, rows[m.lo : m.hi], answers[m.lo : m.hi], back)
+        engine.send(m, table.layer, microbatch, rows.part(m.lo, m.hi), answers.part(m.lo, m.hi), back)
     return CudaRows(table, answers, places, counts, slot_begin, block, engine.dtype), back
 
 
-async def _reserve(engine: CudaEngine, n: int, d: int, table: LayerTable) -> tuple[Tensor, Tensor, Block]:
+async def _reserve(engine: CudaEngine, n: int, d: int, table: LayerTable) -> tuple[Rows, Rows, Block]:
     """Room for n rows and their answers, in one block: who waits for room holds none."""
     dtypes = engine.dtype, engine.answer_dtype(table)
     sizes = [n * d * dtype.itemsize for dtype in dtypes]
     block = await engine.room(block_bytes(sizes))
     rows = engine.memory.rows(block, 0, n, d, dtypes[0])
     return rows, engine.memory.rows(block, block_bytes(sizes[:1]), n, d, dtypes[1]), block
-
-
-def _pack(hidden: Tensor, pairs: Tensor, route: Route, rows: Tensor) -> None:
-    cuda_rows.gather(hidden, pairs, route.experts.shape[1], rows)
 
 
 def _by_slot(pairs: Tensor, counts: np.ndarray, on_gpu: CudaTable) -> Tensor:

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -71,8 +72,7 @@ class Limits:
     spin: float = 0.0
 
 
-@dataclass(frozen=True)
-class Unanswered:
+class Unanswered(NamedTuple):
     """A dispatch that has not come back: enough to say who waits for what from whom."""
 
     since: float  # on the engine's own clock

@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from moempi.device.cuda_memory import Block, MessageMemory, block_bytes
-from moempi.device.cuda_transfer import to_host
+from moempi.device.cuda_clock import Clock
+from moempi.device.cuda_memory import Block, MessageMemory, Rows, block_bytes
+from moempi.device.cuda_transfer import Copies, to_host
 from moempi.exchange.arrivals import Arrival
 from moempi.exchange.arrivals_cuda import CudaExperts
+from moempi.exchange.carrier import Carrier, Direct, Staged
 from moempi.exchange.engine import Channels, Engine, Limits
+from moempi.exchange.host_memory import HostMemory
 from moempi.exchange.plan import Message, Tags, header_bytes
 from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import Future, Slicer, Task
@@ -43,8 +45,7 @@ class Whole(Slicer):
         return 2**62
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """What is known of a dispatch before its rows come."""
 
     source: int
@@ -58,7 +59,7 @@ class CudaEngine(Engine):
     Args:
         payload: a further duplicate of the communicator, for rows of dispatches.
         memory: of messages.
-        experts: the slots of this rank.
+        host: pinned memory through which rows travel; None where MPI takes that of GPUs.
     """
 
     experts: CudaExperts
@@ -76,14 +77,24 @@ class CudaEngine(Engine):
         *,
         payload: MPI.Intracomm,
         memory: MessageMemory,
+        host: HostMemory | None = None,
     ):
         super().__init__(channels, tables, experts, dtype, d_model, tags, limits, recorder)
-        self.memory, self._payload = memory, payload
+        self.memory, self._host = memory, host
         self.slicer = Whole()
         self.high, self.low = torch.cuda.Stream(priority=-1), torch.cuda.Stream(priority=0)
-        self._marks: list[tuple[torch.cuda.Event, Callable[[], Any]]] = []
+        self._high_clock, self._low_clock = Clock(self.high), Clock(self.low)
+        copies = None if host is None else Copies()
+        self._clocks = [self._high_clock, self._low_clock, *(copies.clocks if copies else ())]
+        self._there, self._back = (self._carrier(comm, copies) for comm in (payload, channels.answers.Dup()))
         self._headers: deque[Header] = deque()  # of dispatches that there has been no room for
         self._wanting_room: list[Future] = []
+        self._counts: dict[tuple[int, int], Tensor] = {}
+
+    def _carrier(self, comm: MPI.Intracomm, copies: Copies | None) -> Carrier:
+        if self._host is None or copies is None:
+            return Direct(comm, self.requests)
+        return Staged(comm, self.requests, self._host, copies)
 
     # ------------------------------------------------------------ the loop
 
@@ -95,60 +106,48 @@ class CudaEngine(Engine):
         try:
             with torch.cuda.stream(self.high):
                 super().run(tasks)
-                while self._marks:
-                    self._look_at_marks()
+                while any(self._clocks):
+                    self._look_at_clocks()
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
     def poll(self) -> bool:
-        """Events of the GPU, then what every engine looks at."""
-        moved = self._look_at_marks()
+        """What the GPU has come past, then what every engine looks at."""
+        moved = self._look_at_clocks()
         return super().poll() or moved
 
     def _rest(self) -> None:
         # Kernels and messages under way end within microseconds: sleeping would cost more than it saves.
-        if self._marks or self.requests:
+        if self.requests or any(self._clocks):
             self._empty_polls = 0
         super()._rest()
 
     # ------------------------------------------------------------ what the GPU does
 
-    def mark(self) -> torch.cuda.Event:
-        """An event behind everything that has been launched on the current stream."""
-        event = torch.cuda.Event()
-        event.record()
-        return event
+    def _look_at_clocks(self) -> bool:
+        moved = False
+        for clock in self._clocks:
+            moved = clock.look() or moved
+        return moved
 
-    def after(self, event: torch.cuda.Event | None, callback: Callable[[], Any]) -> None:
-        """Call back once an event has passed; at once where there is none to wait for."""
-        if event is None:
-            callback()
-        else:
-            self._marks.append((event, callback))
-
-    def _look_at_marks(self) -> bool:
-        if not self._marks:
-            return False
-        passed = [event.query() for event, _ in self._marks]
-        if not any(passed):
-            return False
-        due = [callback for (_, callback), done in zip(self._marks, passed, strict=True) if done]
-        self._marks = [mark for mark, done in zip(self._marks, passed, strict=True) if not done]
-        for callback in due:
-            callback()
-        return True
-
-    async def passed(self, event: torch.cuda.Event) -> None:
-        """Until an event has passed."""
+    async def passed(self) -> None:
+        """Until all has ended that the stream of high priority, which is the current one, has been given."""
         done = Future()
-        self.after(event, lambda: self.notify(done))
+        self._high_clock.after(lambda: self.notify(done))
         await done
 
     async def fetch(self, *tensors: Tensor) -> list[np.ndarray]:
         """Copies of tensors on the host, once the current stream has come to here."""
         hosts = [to_host(tensor) for tensor in tensors]
-        await self.passed(self.mark())
+        await self.passed()
         return [host.numpy() for host in hosts]
+
+    def counts(self, microbatch: int, n: int) -> Tensor:
+        """Pinned memory [n] int64 for the counts of a microbatch, which has one dispatch at a time."""
+        key = microbatch, n
+        if key not in self._counts:
+            self._counts[key] = torch.zeros(n, dtype=torch.int64, pin_memory=True)
+        return self._counts[key]
 
     # ------------------------------------------------------------ memory of messages
 
@@ -161,7 +160,7 @@ class CudaEngine(Engine):
 
     def give(self, block: Block) -> None:
         """Take a block back, behind everything that has been launched on the current stream."""
-        self.after(self.mark(), lambda: self._given(block))
+        self._high_clock.after(lambda: self._given(block))
 
     def _given(self, block: Block) -> None:
         self.memory.give(block)
@@ -169,12 +168,11 @@ class CudaEngine(Engine):
         for future in waiting:
             self.notify(future)
 
-    def _buffer(self, rows: Tensor) -> list[Any]:
-        return [MPI.buffer.fromaddress(self.memory.address(rows), rows.nbytes), MPI.BYTE]
-
     # ------------------------------------------------------------ the home's side
 
-    def send(self, message: Message, layer: int, microbatch: int, rows: Tensor, answer: Tensor, done: Future) -> None:
+    def send(  # type: ignore[override]
+        self, message: Message, layer: int, microbatch: int, rows: Rows, answer: Rows, done: Future
+    ) -> None:
         """Dispatch rows [R, D], which are complete, to one rank; `answer` [R, D] is filled, then `done` notified.
 
         `done` is notified twice for a message to another rank: when the rows have left and when they are answered.
@@ -186,19 +184,16 @@ class CudaEngine(Engine):
             self.experts.add(Arrival(peer, tag, layer, microbatch, rows, answer, message.rows_per_slot, n, done))
             return
         self.expect((peer, tag), layer, microbatch, peer, n)
-        receive = self._channels.answers.Irecv(self._buffer(answer), peer, tag)
-        self.requests.add(receive, lambda: self._landed(answer, peer, tag, layer, done))
+        self._back.receive(answer, peer, tag, lambda: self._answered(answer, peer, tag, layer, done))
         header = np.array(message.rows_per_slot, dtype=np.int32)
-        self.requests.add(self._channels.dispatch.Isend(header.view(np.uint8), peer, tag), lambda: header)
-        self.after(self.memory.leave(rows), lambda: self._leave(rows, peer, tag, done))
+        self.requests.add(self._channels.dispatch.Isend(header, peer, tag), lambda: header)
+        self._there.send(rows, peer, tag, lambda: self.notify(done))
         nbytes = header_bytes(len(message.rows_per_slot)) + rows.nbytes
         self.recorder.sent(DISPATCH_KIND, layer, peer, n, nbytes)
 
-    def _landed(self, answer: Tensor, peer: int, tag: int, layer: int, done: Future) -> None:
-        self.after(self.memory.land(answer), lambda: self.take_answer((peer, tag), answer, layer, done))
-
-    def _leave(self, rows: Tensor, peer: int, tag: int, done: Future) -> None:
-        self.requests.add(self._payload.Isend(self._buffer(rows), peer, tag), lambda: self.notify(done))
+    def _answered(self, answer: Rows, peer: int, tag: int, layer: int, done: Future) -> None:
+        self.recorder.received(ANSWER_KIND, layer, peer, len(answer), answer.nbytes)
+        self.answered((peer, tag), done)
 
     def notifications(self, message: Message) -> int:
         """How often `send` will notify."""
@@ -211,7 +206,7 @@ class CudaEngine(Engine):
         while self._channels.dispatch.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
             counts = np.empty(status.Get_count(MPI.BYTE) // 4, dtype=np.int32)
             source, tag = status.Get_source(), status.Get_tag()
-            self._channels.dispatch.Recv(counts.view(np.uint8), source, tag)  # a few bytes, and they are here
+            self._channels.dispatch.Recv(counts, source, tag)  # a few bytes, and they are here
             self._headers.append(Header(source, tag, tuple(counts.tolist())))
             moved = True
         while self._headers and self._receive(self._headers[0]):
@@ -229,7 +224,6 @@ class CudaEngine(Engine):
             return False
         rows = self.memory.rows(block, 0, n, self.d_model, self.dtype)
         answer = self.memory.rows(block, block_bytes(sizes[:1]), n, self.d_model, answer_dtype)
-        request = self._payload.Irecv(self._buffer(rows), header.source, header.tag)
         arrival = Arrival(
             header.source,
             header.tag,
@@ -241,22 +235,24 @@ class CudaEngine(Engine):
             n,
             charged=block.offset,
         )
-        self.requests.add(request, lambda: self.after(self.memory.land(rows), lambda: self._landed_rows(arrival)))
+        self._there.receive(rows, header.source, header.tag, lambda: self._landed(arrival))
         return True
 
-    def _landed_rows(self, arrival: Arrival) -> None:
+    def _landed(self, arrival: Arrival) -> None:
         nbytes = header_bytes(len(arrival.rows_per_slot)) + arrival.rows.nbytes
         self.recorder.received(DISPATCH_KIND, arrival.layer, arrival.source, len(arrival.rows), nbytes)
         self.experts.add(arrival)
 
     def serve(self) -> None:
         """Launch one expert call, and send the answers that are complete with it once it has ended."""
-        with torch.cuda.stream(self.low):
+        torch.cuda.set_stream(self.low)
+        try:
             layer, rows, finished = self.experts.serve(0)
-            end = self.mark()
-        self.recorder.lap(EXPERT, layer, tokens=rows)
+        finally:
+            torch.cuda.set_stream(self.high)
         self.experts.in_flight += 1
-        self.after(end, lambda: self._served(finished))
+        self._low_clock.after(lambda: self._served(finished))
+        self.recorder.lap(EXPERT, layer, tokens=rows)
 
     def _served(self, finished: list[Arrival]) -> None:
         self.experts.in_flight -= 1
@@ -271,14 +267,18 @@ class CudaEngine(Engine):
             self.recorder.sent(ANSWER_KIND, arrival.layer, self.rank, len(arrival.rows), 0)
             self.notify(arrival.done, self.rank)
             return
+        self._back.send(
+            arrival.answer,
+            arrival.source,
+            arrival.tag,
+            lambda: self.memory.give(Block(arrival.charged, home=False)),
+        )
         self.recorder.sent(ANSWER_KIND, arrival.layer, arrival.source, len(arrival.rows), arrival.answer.nbytes)
-        self.after(self.memory.leave(arrival.answer), lambda: self._reply(arrival))
-
-    def _reply(self, arrival: Arrival) -> None:
-        request = self._channels.answers.Isend(self._buffer(arrival.answer), arrival.source, arrival.tag)
-        self.requests.add(request, lambda: self.memory.give(Block(arrival.charged, home=False)))
 
     def free(self) -> None:
-        """Give the communicators back. Collective."""
+        """Give communicators and pinned memory back. Collective."""
         super().free()
-        self._payload.Free()
+        self._there.free()
+        self._back.free()
+        if self._host is not None:
+            self._host.free()

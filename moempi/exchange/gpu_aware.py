@@ -52,4 +52,3 @@ def _try() -> str:
     options = launch.mpirun_options(launch.version(starter), 2, {})
     _, problem = gpu_trial.ask(2, [*starter, *options])
     return problem
-

@@ -21,7 +21,8 @@ SETTINGS = {
     "OMPI_MCA_pml_ucx_tls": "any",
     "OMPI_MCA_pml_ucx_devices": "any",
     "UCX_TLS": "self,sm,tcp,cuda_copy,cuda_ipc",
-    "UCX_RNDV_THRESH": "8192",
+    # A short message out of a GPU's memory is copied while the sender waits: from here on the receiver fetches it.
+    "UCX_RNDV_THRESH": "1024",
     # Its warnings tell of transports that a wheel has not; errors remain.
     "UCX_LOG_LEVEL": "error",
 }

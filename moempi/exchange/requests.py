@@ -40,9 +40,8 @@ class Requests:
         if not ended:
             return False
         callbacks = [self._callbacks[i] for i in ended]
-        gone = set(ended)
-        self._requests = [r for i, r in enumerate(self._requests) if i not in gone]
-        self._callbacks = [c for i, c in enumerate(self._callbacks) if i not in gone]
+        for i in sorted(ended, reverse=True):
+            del self._requests[i], self._callbacks[i]
         for callback in callbacks:
             callback()
         return True

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 from moempi.device import cuda_rows
 from moempi.device.cuda import Cuda
 from moempi.device.cuda_attention import attend, plan_tiles
+from moempi.device.cuda_clock import Clock
 from moempi.device.cuda_products import TILES, Section, grouped_product, product
 from moempi.model import gate
 from moempi.model.attention import Span
@@ -63,20 +64,30 @@ def test_swiglu(random: torch.Generator, rows: int, f: int, dtype: torch.dtype) 
         assert torch.equal(cuda_rows.swiglu(x[-1:].clone()), found[-1:])
 
 
+def sort_pairs(covers: Tensor, n_covers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs, places and counts where every expert is a cover; the counts land in memory of the host."""
+    turns = torch.zeros(len(covers), dtype=torch.int64, device="cuda")
+    cover_of = torch.arange(n_covers, dtype=torch.int32, device="cuda").unsqueeze(1)
+    counts = torch.full((n_covers,), -1, dtype=torch.int64, pin_memory=True)
+    pairs, places = cuda_rows.sort_pairs(covers, turns, cover_of, torch.ones_like(cover_of), 0, counts)
+    torch.cuda.synchronize()
+    return pairs, places, counts
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens,k,d", [(1, 1, 1), (5, 2, 33), (64, 4, 128), (257, 8, 7168)])
 def test_sort_gather_combine(random: torch.Generator, tokens: int, k: int, d: int, dtype: torch.dtype) -> None:
     """Rows go out by cover and come back: as torch sorts them, and the sum of a token in the order of k."""
     n_covers = 11
     covers = torch.randint(0, n_covers, (tokens, k), generator=random, device="cuda", dtype=torch.int32)
-    pairs, places, counts = cuda_rows.sort_pairs(covers, n_covers)
+    pairs, places, counts = sort_pairs(covers, n_covers)
     flat = covers.flatten().long()
     assert torch.equal(pairs.long(), flat.argsort(stable=True))
-    assert torch.equal(counts, flat.bincount(minlength=n_covers))
+    assert torch.equal(counts, flat.bincount(minlength=n_covers).cpu())
     assert torch.equal(places.flatten()[pairs.long()].long(), torch.arange(tokens * k, device="cuda"))
     x, weights = draw(random, tokens, d, dtype=dtype), torch.rand(tokens, k, generator=random, device="cuda")
     rows = poisoned(tokens * k, d, dtype=dtype)
-    cuda_rows.gather(x, pairs, k, rows)
+    cuda_rows.gather(x, pairs, k, rows.data_ptr())
     assert torch.equal(rows, x[pairs.long() // k])
     for answers in (rows * 3, rows.float() * 3):
         found = cuda_rows.combine(x, answers, places, weights)
@@ -109,11 +120,31 @@ def test_equal_scores_go_to_the_lowest_index() -> None:
 
 
 def test_replicas_take_turns() -> None:
+    """Covers [[0, 2], [1, 0], [0, 2]]: expert 1 has two replicas, and turn + layer is 5, 6, 7."""
     experts = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.int32, device="cuda")
     cover_of = torch.tensor([[0, 0], [1, 2]], dtype=torch.int32, device="cuda")
     replicas = torch.tensor([1, 2], dtype=torch.int32, device="cuda")
-    covers = cuda_rows.choose_covers(experts, torch.tensor([4, 5, 6], device="cuda"), cover_of, replicas, 1)
-    assert covers.tolist() == [[0, 2], [1, 0], [0, 2]]
+    counts, turns = torch.zeros(3, dtype=torch.int64, pin_memory=True), torch.tensor([4, 5, 6], device="cuda")
+    pairs, places = cuda_rows.sort_pairs(experts, turns, cover_of, replicas, 1, counts)
+    assert pairs.tolist() == [0, 3, 4, 2, 1, 5] and places.tolist() == [[0, 4], [3, 1], [2, 5]]
+    assert counts.tolist() == [3, 1, 2]
+
+
+def test_a_clock_calls_back_in_order_behind_the_work_of_its_stream() -> None:
+    stream, called = torch.cuda.Stream(), []
+    clock = Clock(stream)
+    x = torch.zeros(1, dtype=torch.int64, device="cuda")
+    landing = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+    torch.cuda.synchronize()
+    for i in range(50):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000)
+            x += 1
+            landing.copy_(x, non_blocking=True)
+        clock.after(lambda i=i: called.append((i, int(landing[0]) > i)))
+    while clock:
+        clock.look()
+    assert called == [(i, True) for i in range(50)]
 
 
 @pytest.mark.parametrize("s,v", [(1, 1), (3, 37), (65, 1024), (5, 151936)])
