@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,27 +9,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moempi import mpi
+from moempi.cli.bench_job import job
+from moempi.cli.bench_layer import layer
 from moempi.cli.groups import Group
+from moempi.cli.measuring import Size, refuse_ranks_in_ranks, start_mpi, start_ranks
 from moempi.cli.results import refuse_existing, show
 from moempi.errors import EXIT_DONE, JobError
-from moempi.job import parse_bytes
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-GRACE = 5.0  # seconds that ranks have to end after a signal; there is nothing to commit
-
-
-class Size(click.ParamType):
-    """A number of bytes, or a size like "64 MiB"."""
-
-    name = "bytes"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return int(parse_bytes(value))
-        except (TypeError, ValueError) as error:
-            self.fail(f"{value!r}: {error}", param, ctx)
 
 
 @click.group(cls=Group)
@@ -39,6 +26,10 @@ def bench() -> None:
 
     Example: moempi bench links links.h5 -n 8
     """
+
+
+bench.add_command(layer)
+bench.add_command(job)
 
 
 @bench.command()
@@ -90,32 +81,6 @@ def links(
         flags = [flag for flag, on in {"--overwrite": overwrite, "--json": as_json}.items() if on]
         return start_ranks(["bench", "links", str(out), *options, *flags], ranks, mpirun)
     return _measure(out, largest, device, repeats, limit, as_json)
-
-
-def refuse_ranks_in_ranks(ranks: int | None) -> None:
-    """Refuse -n under a launcher.
-
-    Raises:
-        JobError: this is one of several ranks already.
-    """
-    if ranks is not None and mpi.launched_size() > 1:
-        raise JobError(f"-n {ranks} starts mpirun, but this is one of {mpi.launched_size()} ranks already: omit -n")
-
-
-def start_ranks(arguments: list[str], ranks: int, mpirun: str | None) -> int:
-    """Run this program's command again on so many ranks."""
-    from moempi.launch import launch, this_program
-
-    return launch(this_program(*arguments), ranks, GRACE, mpirun)
-
-
-def start_mpi(device: str) -> MPI.Intracomm:
-    """The world, of an MPI that was made ready for the memory of GPUs first where they are measured."""
-    if device == "cuda":
-        from moempi.exchange import gpu_mpi
-
-        gpu_mpi.prepare(os.environ)
-    return mpi.start()
 
 
 def _measure(out: Path, largest: int, device: str, repeats: int, limit: float, as_json: bool) -> int:

@@ -44,9 +44,8 @@ def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     """Bytes per token of the widest stage, with the rows that it makes."""
     d, queries = config.d_model, config.n_heads * config.head_dim
     turned = queries + config.n_kv_heads * config.head_dim
-    # Projections, then normed, swapped, twice multiplied and turned heads in float32, and what attention mixes.
-    attention = (turned + config.n_kv_heads * config.head_dim + turned + queries) * dtype_bytes
-    attention += (5 * turned + queries) * _FLOAT32
+    # Projections, and heads in float32: normed, swapped, and multiplied by cosines and sines.
+    attention = (turned + config.n_kv_heads * config.head_dim) * dtype_bytes + 4 * turned * _FLOAT32
     dense = 3 * config.dense_hidden * dtype_bytes if config.dense_layers else 0
     gate = (d + config.n_experts) * _FLOAT32 if config.moe_layers else 0
     return max(attention, dense, gate) + 2 * d * dtype_bytes
