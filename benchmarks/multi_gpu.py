@@ -136,7 +136,8 @@ def crowded(setting: Setting, deadline: float) -> Any:
         out = setting.folder / f"crowded-{ranks}.json"
         out.unlink(missing_ok=True)
         line = this_program("bench", "layer", str(out), "-n", str(ranks), *setting.shape(), f"--experts={ranks}",
-                            "--top-k=2", "--tokens=512", "--rounds=3", "--passes=1", "--overwrite")  # fmt: skip
+                            "--top-k=2", "--tokens=512", "--rounds=3", "--passes=1", "--overwrite",
+                            "--gpu-aware=on")  # fmt: skip
         error = _tried(line, deadline)
         found.append({"ranks": ranks, **(json.loads(out.read_text()) if out.exists() else {}), **error})
     return found

@@ -1,7 +1,7 @@
 """A random model of a given shape as whole jobs, for `moempi bench job`: prefill and decode, each by itself.
 
 Prefill: long prompts and one new token each; prompt tokens per second. Decode: prompts of a few tokens and many new
-ones each; new tokens per second, the short prefill included. A job of the same model comes first and does not count.
+ones each; new tokens per second, the short prefill included. Each phase runs once before it counts.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Phase:
 
 
 def phases_of(prompts: int, prompt_tokens: int, new_tokens: int) -> dict[str, Phase]:
-    """By name, in the order in which they run; "warm-up" does not count."""
-    lengths = {"warm-up": (SHORT, 2), "prefill": (prompt_tokens, 1), "decode": (SHORT, new_tokens)}
+    """By name, in the order in which they run."""
+    lengths = {"prefill": (prompt_tokens, 1), "decode": (SHORT, new_tokens)}
     return {name: Phase(name, prompts, length, new) for name, (length, new) in lengths.items()}
 
 
@@ -88,15 +88,16 @@ def measure_jobs(
     """
     found = []
     for number, count in enumerate(sorted(counts, reverse=True)):
-        part = world.Split(0 if world.rank < count else 1, world.rank)
-        for name, phase in phases.items():
-            # Kernels are compiled by the first job; the ranks of later ones have them.
-            for _ in range(rounds if name != "warm-up" else number == 0):
+        part: Any = world.Split(0 if world.rank < count else 1, world.rank)
+        for phase in phases.values():
+            # The first job compiles kernels for its shapes; the ranks of later ones have them.
+            first = int(number == 0)
+            for repeat in range(rounds + first):
                 outcome = None
                 if world.rank < count:
                     outcome = _run(part, _job(folder, phase, count, overrides))
                 meet(world)
-                if outcome is not None and world.rank == 0 and name != "warm-up":
+                if outcome is not None and world.rank == 0 and repeat >= first:
                     found.append(_told(count, phase, outcome))
         part.Free()
     return found
@@ -160,7 +161,7 @@ def rates(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Median tokens per second of every phase by number of ranks, beside those of the fewest ranks. Pure."""
     counts = sorted({one["ranks"] for one in found})
     phases = list(dict.fromkeys(one["phase"] for one in found))
-    table = []
+    table: list[dict[str, Any]] = []
     for count in counts:
         of = {
             phase: median(one["tokens_per_second"] for one in found if (one["ranks"], one["phase"]) == (count, phase))

@@ -72,4 +72,5 @@ def run_alone(folder: Path, model: Model, options: dict[str, Any]) -> tuple[dict
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     (outcome,) = json.loads((folder / "list.outcomes.json").read_text())
+    print(done.stdout)
     return outcome, done.stderr

@@ -261,7 +261,7 @@ def test_what_a_gpu_has_is_a_limit_where_the_job_has_none() -> None:
     four = layout_within(0, kv_tokens=4 * 128, device="cuda").memory[0].total
     assert layout_within(0, device="cuda", gpu_bytes=four).kv_tokens == 4 * 128
     assert layout_within(four + memory.kv_bytes(SMALL, 2, 128), device="cuda", gpu_bytes=four).kv_tokens == 5 * 128
-    with pytest.raises(FitError, match=r"the memory of the GPU = 1\.0 KiB: .* CUDA's own 640\.0 MiB"):
+    with pytest.raises(FitError, match=r"the memory of the GPU = 1\.0 KiB: .* CUDA's own 704\.0 MiB"):
         layout_within(0, device="cuda", gpu_bytes=1024)
 
 
