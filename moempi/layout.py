@@ -93,32 +93,30 @@ def lay_out(
     n_microbatches = _microbatches(job, config, n_ranks, held)
     step_tokens = max(job.run.prefill_tokens, job.run.capacity)
     budget = memory.arrival_budget(job.exchange.arrival_budget, config, nbytes, step_tokens)
-    relay_budget = memory.relay_budget(job.exchange.relay_budget, config, nbytes, step_tokens)
-    nodes = _nodes(job, n_ranks, nodes)
-    # The placement needs a memory plan, and auto needs the placement: what it may choose is planned with.
-    costliest = "leader" if job.exchange.route == "auto" and links is not None else job.exchange.route
-    relays = _relays(costliest, nodes, relay_budget)
-    sizes = {
-        "capacity": job.run.capacity,
-        "max_step_tokens": step_tokens,
-        "microbatches": n_microbatches,
-        "arrival_budget": budget,
-    }
-    steps = steps_of_a_home(positions, new_tokens, len(homes), max(1, held // n_microbatches), step_tokens)
-    how = {"packed_head": device == "cpu", "gpu": device == "cuda"}
-    limit, source = (job.memory.limit, "memory.limit") if job.memory.limit else (gpu_bytes, "the memory of the GPU")
-
-    def attempt(kv_tokens: int) -> tuple[int, Placement, Route, list[memory.RankMemory]]:
-        held: dict[str, Any] = {**sizes, "kv_tokens": kv_tokens, **how}
-        placement = _placement(job, config, n_ranks, nbytes, load, {**held, "relays": relays})
-        route = _route(job, config, nbytes, placement, nodes, steps, links, device)
-        spent = _relays(route.name, nodes, relay_budget)
-        plans = memory.plan_memory(config, nbytes, placement, homes=homes, relays=spent, **held)
-        memory.check_limit(plans, limit, source)
-        return kv_tokens, placement, route, plans
-
     least, wanted = _kv_tokens(job, positions)
-    kv_tokens, placement, route, plans = most_that_fits(least, wanted, attempt)
+    fitting = _Fitting(
+        job=job,
+        config=config,
+        nbytes=nbytes,
+        n_ranks=n_ranks,
+        load=load,
+        homes=homes,
+        nodes=_nodes(job, n_ranks, nodes),
+        links=links,
+        device=device,
+        steps=steps_of_a_home(positions, new_tokens, len(homes), max(1, held // n_microbatches), step_tokens),
+        relay_budget=memory.relay_budget(job.exchange.relay_budget, config, nbytes, step_tokens),
+        sizes={
+            "capacity": job.run.capacity,
+            "max_step_tokens": step_tokens,
+            "microbatches": n_microbatches,
+            "arrival_budget": budget,
+            "packed_head": device == "cpu",
+            "gpu": device == "cuda",
+        },
+        gpu_bytes=gpu_bytes,
+    )
+    kv_tokens, placement, route, plans = most_that_fits(least, wanted, fitting)
     # Answers of cut experts are float32, whatever the model's dtype.
     pieces, rows = message_pieces(step_tokens * config.top_k, 4 * config.d_model, job.exchange.piece_bytes)
     return Layout(
@@ -135,11 +133,43 @@ def lay_out(
         tags=Tags(n_microbatches, pieces),
         piece_rows=rows,
         memory=tuple(plans),
-        nodes=nodes,
+        nodes=fitting.nodes,
         route=route,
-        relay_budget=relay_budget,
+        relay_budget=fitting.relay_budget,
         mode="fast" if job.model.mode == "fast" else "exact",
     )
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """Places experts, chooses a route and plans memory, for so many positions of a home's KV cache."""
+
+    job: Job
+    config: ModelConfig
+    nbytes: int
+    n_ranks: int
+    load: np.ndarray | None
+    homes: Sequence[int]
+    nodes: Nodes
+    links: Links | None
+    device: str
+    steps: tuple[tuple[float, float], ...]
+    relay_budget: int
+    sizes: dict[str, Any]  # all that memory is planned with but the cache and relays
+    gpu_bytes: int
+
+    def __call__(self, kv_tokens: int) -> tuple[int, Placement, Route, list[memory.RankMemory]]:
+        job, sizes = self.job, {**self.sizes, "kv_tokens": kv_tokens}
+        # The placement needs a memory plan, and auto needs the placement: what it may choose is planned with.
+        costliest = "leader" if job.exchange.route == "auto" and self.links is not None else job.exchange.route
+        held = {**sizes, "relays": _relays(costliest, self.nodes, self.relay_budget)}
+        placement = _placement(job, self.config, self.n_ranks, self.nbytes, self.load, held)
+        route = _route(job, self.config, self.nbytes, placement, self.nodes, self.steps, self.links, self.device)
+        relays = _relays(route.name, self.nodes, self.relay_budget)
+        plans = memory.plan_memory(self.config, self.nbytes, placement, homes=self.homes, relays=relays, **sizes)
+        source = "memory.limit" if job.memory.limit else "the memory of the GPU"
+        memory.check_limit(plans, job.memory.limit or self.gpu_bytes, source)
+        return kv_tokens, placement, route, plans
 
 
 def _nodes(job: Job, n_ranks: int, found: Nodes | None) -> Nodes:
