@@ -55,7 +55,7 @@ def job(ctx: click.Context, out: Path, ranks: int | None, overwrite: bool, mpiru
 
     \b
     moempi bench job job.json -n 4 --counts 1 --counts 2 --counts 4
-    moempi bench job job.json -n 2 --device cuda --config config.json --prompts 256
+    moempi bench job job.json -n 2 --device cuda --config config.json
     """
     refuse_ranks_in_ranks(ranks)
     if mpi.launched_rank() == 0:

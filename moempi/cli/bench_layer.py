@@ -54,7 +54,7 @@ def layer(
 
     \b
     moempi bench layer layer.json -n 2 --tokens 64 --tokens 512
-    moempi bench layer layer.json -n 2 --device cuda --d-model 7168 --hidden 2048 --experts 2 --tokens 8192
+    moempi bench layer layer.json -n 2 --device cuda --d-model 7168 --experts 2
     """
     refuse_ranks_in_ranks(ranks)
     if mpi.launched_rank() == 0:
