@@ -13,7 +13,7 @@ import click
 from moempi import mpi
 from moempi.cli.measuring import options_of, refuse_ranks_in_ranks, start_mpi, start_ranks
 from moempi.cli.results import refuse_existing
-from moempi.errors import EXIT_DONE, JobError
+from moempi.errors import EXIT_DONE, DataError, JobError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -26,8 +26,7 @@ MANY = click.IntRange(1)
 @click.option("-n", "--ranks", type=MANY, help="Start mpirun with this many ranks.")
 @click.option("--counts", type=MANY, multiple=True, help="Ranks that a job runs on; may be given several times. By "
               "default all.")  # fmt: skip
-@click.option("--config", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="A config.json, in place "
-              "of the options of the shape.")  # fmt: skip
+@click.option("--config", type=click.Path(path_type=Path), help="A config.json, in place of the options of the shape.")
 @click.option("--layers", type=MANY, default=8, show_default=True)
 @click.option("--d-model", type=MANY, default=1024, show_default=True, help="The model's dimension.")
 @click.option("--hidden", type=MANY, default=512, show_default=True, help="Hidden dimension of an expert.")
@@ -72,8 +71,7 @@ def job(ctx: click.Context, out: Path, ranks: int | None, overwrite: bool, mpiru
 def config_of(given: dict[str, Any]) -> dict[str, Any]:
     """The config.json that the options name or describe."""
     if given["config"] is not None:
-        read: dict[str, Any] = json.loads(given["config"].read_text(encoding="utf-8"))
-        return read
+        return _read(given["config"])
     return {
         "model_type": "qwen3_moe",
         "hidden_size": given["d_model"],
@@ -94,6 +92,16 @@ def config_of(given: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": max(given["prompt_tokens"], 16) + given["new_tokens"],
         "eos_token_id": 0,
     }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise DataError(f"--config {path}: cannot be read as JSON: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("vocab_size"), int):
+        raise DataError(f"--config {path}: expected a config.json, with vocab_size and the other sizes of a model")
+    return found
 
 
 def _measure(world: MPI.Intracomm, out: Path, given: dict[str, Any]) -> None:

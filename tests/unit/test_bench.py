@@ -14,7 +14,7 @@ from moempi.bench.stack import Stack, sum_up
 from moempi.cli import bench_job, bench_layer
 from moempi.cli.bench import bench
 from moempi.cli.measuring import options_of
-from moempi.errors import JobError, MoempiError
+from moempi.errors import DataError, JobError, MoempiError
 from moempi.files.init_weights import init_weights
 from moempi.files.weights import open_weights
 
@@ -85,6 +85,18 @@ def test_a_shape_is_a_config() -> None:
     with bench_job.job.make_context("job", ["o.json", "--experts=6", "--prompt-tokens=100"]) as context:
         config = bench_job.config_of(context.params)
     assert (config["num_experts"], config["max_position_embeddings"]) == (6, 133)
+
+
+@pytest.mark.parametrize(("text", "said"), [(None, "No such file"), ("{", "as JSON"), ("[]", "with vocab_size")])
+def test_a_config_that_is_none_is_refused(tmp_path: Path, text: str | None, said: str) -> None:
+    path = tmp_path / "c.json"
+    if text is not None:
+        path.write_text(text)
+    with (
+        bench_job.job.make_context("job", ["o.json", f"--config={path}"]) as context,
+        pytest.raises(DataError, match=f"--config {path}: .*{said}"),
+    ):
+        bench_job.config_of(context.params)
 
 
 def test_alike_experts_are_the_first_one(tmp_path: Path) -> None:
