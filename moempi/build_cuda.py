@@ -50,7 +50,7 @@ def build_rank(
     way = choose_way(topology, job.exchange.gpu_aware)
     tables = layer_tables(layout.placement)
     kv_tokens = layout.kv_tokens if world.rank in layout.homes else 0
-    memory = message_memory(shape, device)
+    memory = message_memory(shape, device, home=world.rank in layout.homes)
     with open_weights(job.model.weights) as weights:
         layers = load_layers(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
         network = Network(config, device, weights.tensor, shape.dtype)
@@ -93,14 +93,14 @@ def build_rank(
     return Rank(engine, home, control, forward, None, device, str(way))
 
 
-def message_memory(shape: Shape, device: Cuda) -> MessageMemory:
-    """The arenas of a rank, as the memory plan has them."""
+def message_memory(shape: Shape, device: Cuda, *, home: bool) -> MessageMemory:
+    """The arenas of a rank, as the memory plan has them; one that is no home sends no rows of its own."""
     config, layout, nbytes = shape.config, shape.layout, shape.dtype.itemsize
     own = plan.home_message_bytes(config, nbytes, layout.step_tokens, layout.placement)
     # Two parts of a block round up.
     spare = 2 * block_bytes([1, 1])
-    home = layout.n_microbatches * (own + spare)
-    return MessageMemory(device.device, home, layout.arrival_budget + spare)
+    sent = layout.n_microbatches * (own + spare) * home
+    return MessageMemory(device.device, sent, layout.arrival_budget + spare)
 
 
 def load_layers(

@@ -49,7 +49,7 @@ def examine(environ: Mapping[str, str]) -> list[Finding]:
         launcher,
         same_kind(library, launcher),
         hdf5(),
-        gpu(_lines_of("nvidia-smi", "-L")),
+        gpu(_lines_of("nvidia-smi", "-L"), _missing_for_gpus()),
         slurm(_lines_of("sbatch", "--version"), _lines_of("srun", "--mpi=list"), environ),
     ]
 
@@ -244,17 +244,51 @@ def _shared_memory(reports: Sequence[RankReport], per_node: Mapping[int, int]) -
 # ---------------------------------------------------------------- GPU and scheduler
 
 
-def gpu(listed: list[str]) -> Finding:
-    """GPUs that the driver lists; moving bytes between them comes with their use."""
+def gpu(listed: list[str], missing: str) -> Finding:
+    """GPUs that the driver lists, and whether jobs can use them.
+
+    Args:
+        missing: what stands in their way; empty: nothing.
+    """
     devices = [line for line in listed if line.startswith("GPU")]
     if not devices:
-        return Finding("GPU", FINE, "none found: jobs run on the CPU; CUDA-awareness of MPI was not tried")
-    return Finding(
-        "GPU",
-        NOTE,
-        f"{_plural(len(devices), 'GPU')} ({devices[0].split('(')[0].strip()}); CUDA-awareness of MPI was not tried",
-        "this version computes on the CPU",
-    )
+        return Finding("GPU", FINE, "none found: jobs run on the CPU")
+    found = f"{_plural(len(devices), 'GPU')} ({devices[0].split('(')[0].strip()})"
+    if missing:
+        reason, _, way = missing.partition(": ")
+        return Finding("GPU", NOTE, f"{found}, but {reason}: jobs run on the CPU", way)
+    return Finding("GPU", FINE, found)
+
+
+def _missing_for_gpus() -> str:
+    try:
+        from moempi.device.cuda_binding import why_not_here
+    except (ImportError, OSError) as error:
+        return str(error)
+    return why_not_here()
+
+
+def gpu_messages(rates: Mapping[str, Sequence[float]], problem: str) -> Finding:
+    """Whether MPI takes the memory of GPUs, and how fast every two ranks swap it.
+
+    Args:
+        rates: GB/s of every size that was tried, one way, by pair of ranks ("0-1"); empty where it did not work.
+        problem: what happened then.
+    """
+    if problem:
+        found = f"MPI does not move GPU memory between ranks ({problem}): rows are staged through the host, slowly"
+        return Finding("GPU messages", NOTE, found, "pip install 'moempi[cuda]', or load the site's CUDA-aware MPI")
+    shown = ", ".join(f"{pair} {max(each):.3g} GB/s" for pair, each in rates.items())
+    return Finding("GPU messages", FINE, f"CUDA-aware; one way, both ways at once, between ranks {shown}")
+
+
+def try_gpu_messages(n_ranks: int) -> list[Finding]:
+    """Start ranks that send each other GPU memory; nothing where there are no GPUs to use."""
+    if n_ranks < 2 or _missing_for_gpus():
+        return []
+    from moempi.exchange.gpu_trial import start
+
+    return [gpu_messages(*start(n_ranks))]
 
 
 def slurm(sbatch: list[str], mpi_list: list[str], environ: Mapping[str, str]) -> Finding:

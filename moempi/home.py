@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Many
@@ -15,7 +16,10 @@ from moempi.exchange.tasks import Future
 from moempi.files.completions import Completion
 from moempi.model.attention import Span, plan_attention
 from moempi.model.cache import KVCache
+from moempi.model.config import PAGE
 from moempi.router.messages import Assignment, Done, Drain, Drained, End, ToHome, ToRouter, Want, Work
+
+log = logging.getLogger("moempi")
 
 AHEAD = 2  # steps before a sequence must end in which its successor is asked for
 
@@ -54,7 +58,7 @@ class Home:
         self.steps = self.new_tokens = 0
         self.ended = self.draining = False
         self._waiting: deque[Sequence] = deque()
-        self._drained = False
+        self._drained = self._told = False
         self._asked = 0
         self._parked: list[Future] = []
 
@@ -123,10 +127,19 @@ class Home:
         while self._waiting and sum(map(len, self.resident)) < self.capacity:
             sequence = self._waiting[0]
             if not self.cache.has_room(sequence.most_positions):
+                self._tell_of_waiting()
                 return
             self._waiting.popleft()
             sequence.pages = self.cache.take(sequence.most_positions)
             min(self.resident, key=len).append(sequence)
+
+    def _tell_of_waiting(self) -> None:
+        """Say once that the cache is full."""
+        level, self._told = (logging.DEBUG if self._told else logging.INFO), True
+        log.log(
+            level, "rank %d: the KV cache of %d positions is full: %d sequences at work, %d wait for room",
+            self.engine.rank, self.cache.n_pages * PAGE, sum(map(len, self.resident)), len(self._waiting),
+        )  # fmt: skip
 
     def _ask_ahead(self) -> None:
         """Ask for as many sequences as will find a free place within the next steps."""

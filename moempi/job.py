@@ -181,9 +181,14 @@ class EngineOptions(Section):
 
 
 class MemoryOptions(Section):
-    limit: Bytes = option(0, "memory per rank that the job may plan with; 0: not checked", "bytes")
+    limit: Bytes = option(
+        0, "memory per rank that the job may plan with; 0: not checked, or on GPUs nearly all that a GPU has", "bytes"
+    )
     kv_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = option(
-        "auto", "positions in a home's KV cache; auto: capacity times the longest sequence", "tokens"
+        "auto",
+        "positions in a home's KV cache; auto: capacity times the longest sequence, or what memory.limit leaves, so "
+        "that sequences wait for room",
+        "tokens",
     )
 
 

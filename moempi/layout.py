@@ -5,8 +5,9 @@ Pure: no MPI, no torch, no files but a placement that is given. `moempi run --dr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,8 @@ from moempi.planning.placement import Placement, check_strict, place
 from moempi.planning.routes import Route, Work, choose_route, steps_of_a_home
 from moempi.router.admission import home_ranks
 
+Fitted = TypeVar("Fitted")
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -37,6 +40,7 @@ class Layout:
     n_microbatches: int
     step_tokens: int  # most tokens of a microbatch
     kv_tokens: int  # positions in a home's KV cache
+    kv_wanted: int  # that would do for `run.capacity` sequences at a time
     arrival_budget: int  # bytes
     tags: Tags
     piece_rows: int  # most rows of one message
@@ -64,6 +68,7 @@ def lay_out(
     nodes: Nodes | None = None,
     links: Links | None = None,
     device: str = "cpu",
+    gpu_bytes: int = 0,
 ) -> Layout:
     """Decide the layout of a job.
 
@@ -75,6 +80,7 @@ def lay_out(
         nodes: that the ranks are on; None: all on one. What the job pretends comes before both.
         links: measured, for `exchange.route = "auto"`.
         device: "cpu" or "cuda".
+        gpu_bytes: of a GPU that a rank may take, where there is no `memory.limit`; 0: not known.
 
     Raises:
         FitError: it does not fit the ranks or `memory.limit`, with numbers on both sides.
@@ -87,24 +93,30 @@ def lay_out(
     n_microbatches = _microbatches(job, config, n_ranks, held)
     step_tokens = max(job.run.prefill_tokens, job.run.capacity)
     budget = memory.arrival_budget(job.exchange.arrival_budget, config, nbytes, step_tokens)
-    sizes = {
-        "capacity": job.run.capacity,
-        "kv_tokens": _kv_tokens(job, positions),
-        "max_step_tokens": step_tokens,
-        "microbatches": n_microbatches,
-        "arrival_budget": budget,
-    }
-    packed, nodes = device == "cpu", _nodes(job, n_ranks, nodes)
-    relay_budget = memory.relay_budget(job.exchange.relay_budget, config, nbytes, step_tokens)
-    # The placement needs a memory plan, and auto needs the placement: what it may choose is planned with.
-    costliest = "leader" if job.exchange.route == "auto" and links is not None else job.exchange.route
-    relays = _relays(costliest, nodes, relay_budget)
-    placement = _placement(job, config, n_ranks, nbytes, load, sizes, relays, packed)
-    steps = steps_of_a_home(positions, new_tokens, len(homes), max(1, held // n_microbatches), step_tokens)
-    route = _route(job, config, nbytes, placement, nodes, steps, links, device)
-    relays = _relays(route.name, nodes, relay_budget)
-    plans = memory.plan_memory(config, nbytes, placement, homes=homes, packed_head=packed, relays=relays, **sizes)
-    memory.check_limit(plans, job.memory.limit)
+    least, wanted = _kv_tokens(job, positions)
+    fitting = _Fitting(
+        job=job,
+        config=config,
+        nbytes=nbytes,
+        n_ranks=n_ranks,
+        load=load,
+        homes=homes,
+        nodes=_nodes(job, n_ranks, nodes),
+        links=links,
+        device=device,
+        steps=steps_of_a_home(positions, new_tokens, len(homes), max(1, held // n_microbatches), step_tokens),
+        relay_budget=memory.relay_budget(job.exchange.relay_budget, config, nbytes, step_tokens),
+        sizes={
+            "capacity": job.run.capacity,
+            "max_step_tokens": step_tokens,
+            "microbatches": n_microbatches,
+            "arrival_budget": budget,
+            "packed_head": device == "cpu",
+            "gpu": device == "cuda",
+        },
+        gpu_bytes=gpu_bytes,
+    )
+    kv_tokens, placement, route, plans = most_that_fits(least, wanted, fitting)
     # Answers of cut experts are float32, whatever the model's dtype.
     pieces, rows = message_pieces(step_tokens * config.top_k, 4 * config.d_model, job.exchange.piece_bytes)
     return Layout(
@@ -115,16 +127,49 @@ def lay_out(
         homes=tuple(homes),
         n_microbatches=n_microbatches,
         step_tokens=step_tokens,
-        kv_tokens=sizes["kv_tokens"],
+        kv_tokens=kv_tokens,
+        kv_wanted=wanted,
         arrival_budget=budget,
         tags=Tags(n_microbatches, pieces),
         piece_rows=rows,
         memory=tuple(plans),
-        nodes=nodes,
+        nodes=fitting.nodes,
         route=route,
-        relay_budget=relay_budget,
+        relay_budget=fitting.relay_budget,
         mode="fast" if job.model.mode == "fast" else "exact",
     )
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """Places experts, chooses a route and plans memory, for so many positions of a home's KV cache."""
+
+    job: Job
+    config: ModelConfig
+    nbytes: int
+    n_ranks: int
+    load: np.ndarray | None
+    homes: Sequence[int]
+    nodes: Nodes
+    links: Links | None
+    device: str
+    steps: tuple[tuple[float, float], ...]
+    relay_budget: int
+    sizes: dict[str, Any]  # all that memory is planned with but the cache and relays
+    gpu_bytes: int
+
+    def __call__(self, kv_tokens: int) -> tuple[int, Placement, Route, list[memory.RankMemory]]:
+        job, sizes = self.job, {**self.sizes, "kv_tokens": kv_tokens}
+        # The placement needs a memory plan, and auto needs the placement: what it may choose is planned with.
+        costliest = "leader" if job.exchange.route == "auto" and self.links is not None else job.exchange.route
+        held = {**sizes, "relays": _relays(costliest, self.nodes, self.relay_budget)}
+        placement = _placement(job, self.config, self.n_ranks, self.nbytes, self.load, held)
+        route = _route(job, self.config, self.nbytes, placement, self.nodes, self.steps, self.links, self.device)
+        relays = _relays(route.name, self.nodes, self.relay_budget)
+        plans = memory.plan_memory(self.config, self.nbytes, placement, homes=self.homes, relays=relays, **sizes)
+        source = "memory.limit" if job.memory.limit else "the memory of the GPU"
+        memory.check_limit(plans, job.memory.limit or self.gpu_bytes, source)
+        return kv_tokens, placement, route, plans
 
 
 def _nodes(job: Job, n_ranks: int, found: Nodes | None) -> Nodes:
@@ -200,32 +245,49 @@ def _microbatches(job: Job, config: ModelConfig, n_ranks: int, held: int) -> int
     return job.run.microbatches
 
 
-def _kv_tokens(job: Job, positions: Sequence[int]) -> int:
-    """Positions of the cache: as given, or `capacity` times the longest sequence in whole pages.
+def _kv_tokens(job: Job, positions: Sequence[int]) -> tuple[int, int]:
+    """Least and most positions of the cache: one of the longest sequences, and `capacity` of them; or as given.
 
     Raises:
         FitError: the longest sequence alone does not fit.
     """
     longest = -(-max(positions, default=1) // PAGE) * PAGE
     if job.memory.kv_tokens == "auto":
-        return min(job.run.capacity, max(1, len(positions))) * longest
+        return longest, min(job.run.capacity, max(1, len(positions))) * longest
     if job.memory.kv_tokens < longest:
         raise FitError(
             f"memory.kv_tokens = {job.memory.kv_tokens}, but the longest sequence needs {longest} positions "
             f"(in pages of {PAGE}): raise memory.kv_tokens or lower generate.max_new_tokens"
         )
-    return job.memory.kv_tokens
+    return job.memory.kv_tokens, job.memory.kv_tokens
+
+
+def most_that_fits(least: int, most: int, attempt: Callable[[int], Fitted]) -> Fitted:
+    """What `attempt` makes of the most positions, in whole pages from `least` to `most`, that it takes.
+
+    Args:
+        attempt: raises FitError where so many do not fit; then more do not either.
+
+    Raises:
+        FitError: not even `least` fit.
+    """
+    try:
+        return attempt(most)
+    except FitError:
+        if least >= most:
+            raise
+    found, low, high = attempt(least), least, most  # low fits, high does not
+    while high - low > PAGE:
+        middle = low + (high - low) // (2 * PAGE) * PAGE
+        try:
+            found, low = attempt(middle), middle
+        except FitError:
+            high = middle
+    return found
 
 
 def _placement(
-    job: Job,
-    config: ModelConfig,
-    n_ranks: int,
-    nbytes: int,
-    load: np.ndarray | None,
-    sizes: dict[str, int],
-    relays: dict[int, int] | None,
-    packed: bool,
+    job: Job, config: ModelConfig, n_ranks: int, nbytes: int, load: np.ndarray | None, held: dict[str, Any]
 ) -> Placement:
     options, leaves = job.placement, job.model.leaves
     if options.strategy == "file":
@@ -234,5 +296,5 @@ def _placement(
         fits(placement, config, n_ranks, leaves, options.file)
         check_strict(placement, options)
         return placement
-    limit = memory.slots_within(job.memory.limit, config, nbytes, packed_head=packed, relays=relays, **sizes)
+    limit = memory.slots_within(job.memory.limit, config, nbytes, n_ranks=n_ranks, **held)
     return place(config, n_ranks, options, leaves, load, limit)

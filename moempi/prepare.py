@@ -26,6 +26,7 @@ from moempi.job import Job
 from moempi.layout import Layout, check_tags, lay_out
 from moempi.model.config import ModelConfig
 from moempi.model.network import product_shapes
+from moempi.planning.gpu_memory import CONTEXT
 from moempi.planning.links import Links
 from moempi.router.messages import Assignment
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:  # `look` runs where there is no MPI, and must not start one
 
 log = logging.getLogger("moempi")
 
+GPU_SHARE = 0.95  # of a GPU's memory is planned with: the plan is that exact
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -91,7 +93,7 @@ def look(job: Job, n_ranks: int, nodes: Nodes | None = None, *, verify: bool = F
     load, links = _measured_load(job, config), _measured_links(job)
     layout = lay_out(
         job, config, dtype, n_ranks, positions, load, new_tokens=new_tokens, nodes=nodes, links=links,
-        device=device_kind(job),
+        device=device_kind(job), gpu_bytes=_gpu_bytes(job, n_ranks, nodes),
     )
     sources = {"weights": model, "inputs": file_digest(job.input.file)}
     return Found(Shape(config, layout, eos_tokens), prompts, new_tokens, model, sources)
@@ -149,10 +151,30 @@ def look_together(
         except MoempiError as caught:
             error = caught
     mpi.agree(comm, error)
-    if found is not None and found.shape.layout.nodes.n_nodes > 1:
-        layout = found.shape.layout
-        log.info("%s, route %s: %s", layout.nodes.describe(), layout.route.name, layout.route.reason)
+    if found is not None:
+        tell(job, found.shape.layout)
     return comm.bcast(found.shape if found else None, root=0), found
+
+
+def tell(job: Job, layout: Layout) -> None:
+    """Say what the layout of a job makes of it that its author may not expect."""
+    if layout.nodes.n_nodes > 1:
+        log.info("%s, route %s: %s", layout.nodes.describe(), layout.route.name, layout.route.reason)
+    if layout.kv_tokens < layout.kv_wanted:
+        log.info(
+            "memory for a KV cache of %d positions per home, not the %d of run.capacity = %d of the longest "
+            "sequences: sequences wait for room",
+            layout.kv_tokens, layout.kv_wanted, job.run.capacity,
+        )  # fmt: skip
+
+
+def _gpu_bytes(job: Job, n_ranks: int, nodes: Nodes | None) -> int:
+    """What a rank may take of a GPU's memory, as this process sees it; 0 where it sees none."""
+    if device_kind(job) != "cuda" or not torch.cuda.is_available():
+        return 0
+    on_node = max(map(len, nodes.ranks)) if nodes else n_ranks
+    sharing = -(-on_node // torch.cuda.device_count()) if job.run.share_gpus else 1
+    return int(GPU_SHARE * torch.cuda.get_device_properties(0).total_memory) // sharing
 
 
 def device_kind(job: Job) -> str:
@@ -181,9 +203,9 @@ def choose_device(topology: Topology, job: Job, shape: Shape) -> Device:
 
 
 def _choose_gpu(topology: Topology, job: Job, shape: Shape) -> Device:
-    from moempi.device.cuda_binding import gpu_index, refuse_allocators, why_not
+    from moempi.device.cuda_binding import gpu_index, refuse_allocators, why_not_here
 
-    missing = why_not()
+    missing = why_not_here()
     if missing:
         raise JobError(f"run.device = {job.run.device!r}: {missing}, or set run.device = 'cpu'")
     if job.exchange.gpu_aware != "off":
@@ -193,6 +215,8 @@ def _choose_gpu(topology: Topology, job: Job, shape: Shape) -> Device:
     from moempi.device.cuda import Cuda
 
     device = Cuda(index, shape.layout.mode)
+    if job.memory.limit:
+        device.hold(job.memory.limit - CONTEXT)
     device.choose_products(product_shapes(shape.config, shape.dtype, job.model.leaves))
     return device
 

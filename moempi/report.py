@@ -12,6 +12,7 @@ from moempi.files.output_writer import OutputWriter
 from moempi.files.weights import open_weights
 from moempi.job import Job
 from moempi.mpi import meet
+from moempi.planning.gpu_memory import peaks
 from moempi.prepare import Found
 from moempi.router.router import Router
 from moempi.tracing import Tracer
@@ -49,6 +50,8 @@ class Outcome:
     steps: tuple[int, ...] = ()  # forward steps of every rank
     expert_calls: tuple[int, ...] = ()
     expert_rows: tuple[int, ...] = ()
+    memory_planned: tuple[int, ...] = ()  # bytes of every rank
+    memory_peak: tuple[int, ...] = ()  # bytes of every rank; on GPUs only
     output: Path | None = None
     trace: Path | None = None
     already_done: bool = False
@@ -84,6 +87,7 @@ def finish(
     """
     experts = rank.engine.experts
     counts = comm.gather((rank.home.steps, experts.calls, experts.rows_computed, took.processor_seconds), root=0)
+    uses = comm.gather(rank.device.memory_use(), root=0)
     outcome = Outcome(exit_code=EXIT_DONE)
     if router is not None and found is not None and writer is not None and counts is not None:
         steps, calls, rows, processor = (tuple(column) for column in zip(*counts, strict=True))
@@ -107,6 +111,8 @@ def finish(
             steps=steps,
             expert_calls=calls,
             expert_rows=rows,
+            memory_planned=tuple(plan.total for plan in found.shape.layout.memory),
+            memory_peak=tuple(peaks([use for use in uses or () if use is not None])),
             output=job.output.file,
             trace=None if job.trace.level == "off" else tracer.path,
         )

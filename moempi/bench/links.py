@@ -34,7 +34,12 @@ def host_buffer(n_bytes: int) -> np.ndarray:
 
 
 def measure_links(
-    world: MPI.Intracomm, largest: int, repeats: int, limit: float, make_buffer: MakeBuffer = host_buffer
+    world: MPI.Intracomm,
+    largest: int,
+    repeats: int,
+    limit: float,
+    make_buffer: MakeBuffer = host_buffer,
+    device: str = "cpu",
 ) -> MeasuredLinks | None:
     """Latency and bandwidth of every pair of ranks; None on all ranks but 0. Collective.
 
@@ -42,8 +47,11 @@ def measure_links(
         largest: bytes of the largest message; sizes rise to it from 1 byte in steps of 4.
         repeats: round trips of every size, of which the median counts; one before them does not.
         limit: seconds after which a pair begins no further round trip of a size (it makes one at least).
+        make_buffer: of the memory that is sent.
+        device: whose memory that is, on this rank.
     """
     where, sizes = look_around(world).describe(), ladder(largest)
+    devices = world.allgather(device)
     comm = world.Dup()
     buffer = make_buffer(largest)
     times: dict[tuple[int, int], list[float]] = {}
@@ -59,17 +67,21 @@ def measure_links(
     comm.Free()
     if gathered is None:
         return None
-    return summarize({pair: row for mine in gathered for pair, row in mine.items()}, sizes, where)
+    return summarize({pair: row for mine in gathered for pair, row in mine.items()}, sizes, where, devices)
 
 
 def summarize(
-    times: dict[tuple[int, int], list[float]], sizes: list[int], where: list[dict[str, int | str]]
+    times: dict[tuple[int, int], list[float]],
+    sizes: list[int],
+    where: list[dict[str, int | str]],
+    devices: list[str],
 ) -> MeasuredLinks:
     """The measured times of pairs as a table, with latency and bandwidth. Pure.
 
     Args:
         times: s by size, of every pair (source, destination).
         where: node and host of every rank.
+        devices: of every rank.
     """
     pairs = sorted(times)
     time = np.array([times[pair] for pair in pairs], dtype=np.float64).reshape(len(pairs), len(sizes))  # [P, S]
@@ -85,6 +97,7 @@ def summarize(
         bandwidth=found[:, 1],
         node=np.array([rank["node"] for rank in where], dtype=np.int32),
         host=[str(rank["host"]) for rank in where],
+        device=devices,
     )
 
 

@@ -21,7 +21,7 @@ VERBS = {
     "inputs": "Make, cut and describe files of prompts.",
     "outputs": "Show, compare and merge files of completions.",
     "trace": "Say and draw where every token and every microsecond went.",
-    "bench": "Measure what planners need to know of a machine.",
+    "bench": "Measure links, layers and whole jobs on a machine.",
 }
 
 

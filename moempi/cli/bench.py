@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moempi import mpi
+from moempi.cli.bench_job import job
+from moempi.cli.bench_layer import layer
 from moempi.cli.groups import Group
+from moempi.cli.measuring import Size, refuse_ranks_in_ranks, start_mpi, start_ranks
 from moempi.cli.results import refuse_existing, show
 from moempi.errors import EXIT_DONE, JobError
-from moempi.job import parse_bytes
 
-GRACE = 5.0  # seconds that ranks have to end after a signal; there is nothing to commit
-
-
-class Size(click.ParamType):
-    """A number of bytes, or a size like "64 MiB"."""
-
-    name = "bytes"
-
-    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        try:
-            return int(parse_bytes(value))
-        except (TypeError, ValueError) as error:
-            self.fail(f"{value!r}: {error}", param, ctx)
+if TYPE_CHECKING:
+    from mpi4py import MPI
 
 
 @click.group(cls=Group)
@@ -35,10 +28,15 @@ def bench() -> None:
     """
 
 
+bench.add_command(layer)
+bench.add_command(job)
+
+
 @bench.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("-n", "--ranks", type=click.IntRange(2), help="Start mpirun with this many ranks.")
 @click.option("--largest", type=Size(), default="64 MiB", show_default=True, help="Largest message.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Whose memory.")
 @click.option("--repeats", type=click.IntRange(1), default=11, show_default=True, help="Round trips of every size.")
 @click.option(
     "--limit",
@@ -54,6 +52,7 @@ def links(
     out: Path,
     ranks: int | None,
     largest: int,
+    device: str,
     repeats: int,
     limit: float,
     overwrite: bool,
@@ -63,40 +62,35 @@ def links(
     """Measure latency and bandwidth between every two ranks, and write them to OUT.
 
     One pair sends at a time. Ranks are placed as the launcher places those of a job; so start it as you start jobs.
+    With --device cuda messages go from GPU to GPU; ranks take turns where there are fewer GPUs.
 
     \b
     moempi bench links links.h5 -n 8
+    moempi bench links gpus.h5 -n 2 --device cuda
     mpirun -n 8 moempi bench links links.h5
     """
     if not 2 <= largest < 2**31:
         raise JobError(f"--largest {largest}: expected 2 bytes to 2 GiB - 1 (2147483647)")
-    launched = mpi.launched_size()
-    if launched == 1 and ranks is None:
+    if mpi.launched_size() == 1 and ranks is None:
         raise JobError("a link needs two ranks: give -n RANKS, or start the command under mpirun or srun")
-    if launched > 1 and ranks is not None:
-        raise JobError(f"-n {ranks} starts mpirun, but this is one of {launched} ranks already: omit -n")
+    refuse_ranks_in_ranks(ranks)
     if mpi.launched_rank() == 0:
         refuse_existing(out, overwrite)
     if ranks is not None:
-        options = [f"--largest={largest}", f"--repeats={repeats}", f"--limit={limit}"]
+        options = [f"--largest={largest}", f"--device={device}", f"--repeats={repeats}", f"--limit={limit}"]
         flags = [flag for flag, on in {"--overwrite": overwrite, "--json": as_json}.items() if on]
-        return _launch(["bench", "links", str(out), *options, *flags], ranks, mpirun)
-    return _measure(out, largest, repeats, limit, as_json)
+        return start_ranks(["bench", "links", str(out), *options, *flags], ranks, mpirun)
+    return _measure(out, largest, device, repeats, limit, as_json)
 
 
-def _launch(arguments: list[str], ranks: int, mpirun: str | None) -> int:
-    from moempi.launch import launch, this_program
-
-    return launch(this_program(*arguments), ranks, GRACE, mpirun)
-
-
-def _measure(out: Path, largest: int, repeats: int, limit: float, as_json: bool) -> int:
-    world = mpi.start()
-    from moempi.bench.links import measure_links
+def _measure(out: Path, largest: int, device: str, repeats: int, limit: float, as_json: bool) -> int:
+    world = start_mpi(device)
+    from moempi.bench.links import host_buffer, measure_links
     from moempi.cli.links_table import as_dict, links_table
     from moempi.files.links import write_links
 
-    found = measure_links(world, largest, repeats, limit)
+    make_buffer, name = _gpu_memory(world) if device == "cuda" else (host_buffer, "cpu")
+    found = measure_links(world, largest, repeats, limit, make_buffer, name)
     if found is not None:
         write_links(out, found)
         if as_json:
@@ -105,3 +99,19 @@ def _measure(out: Path, largest: int, repeats: int, limit: float, as_json: bool)
             click.echo("\n".join([*links_table(found), f"links: {out}"]))
     mpi.meet(world)
     return EXIT_DONE
+
+
+def _gpu_memory(world: MPI.Intracomm) -> tuple[Callable[[int], Any], str]:
+    """What makes buffers of this rank's GPU, and the name of it. Collective."""
+    import torch
+
+    from moempi.bench.gpu import GpuBuffers, take_gpu
+    from moempi.exchange.gpu_aware import choose_way
+    from moempi.exchange.topology import look_around
+
+    topology = look_around(world)
+    index = take_gpu(topology)
+    way = choose_way(topology, "auto")
+    if way.staged:
+        raise JobError(f"this MPI does not take the memory of GPUs: {way.reason}; --device cpu measures that of hosts")
+    return GpuBuffers(), f"{torch.cuda.get_device_name(index)} {index}"

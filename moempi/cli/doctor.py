@@ -28,8 +28,8 @@ _INDENT = 17
 def doctor(ranks: int | None, mpirun: str | None, as_json: bool) -> int:
     """Say what of this machine is fine for moempi, and what to do about the rest.
 
-    MPI library and launcher, ranks, nodes and cores, HDF5, GPU, Slurm, and versions. Ends with 1 where something is
-    wrong.
+    MPI library and launcher, ranks, nodes and cores, HDF5, GPUs and messages between them, Slurm, and versions. Ends
+    with 1 where something is wrong.
 
     \b
     moempi doctor
@@ -42,26 +42,33 @@ def doctor(ranks: int | None, mpirun: str | None, as_json: bool) -> int:
         from moempi.launch import launch, this_program
 
         return launch(this_program("doctor", *(["--json"] if as_json else [])), ranks, grace=5.0, mpirun=mpirun)
-    findings = _seen_by_ranks() if mpi.launched_size() > 1 else []
+    findings, on_node = _seen_by_ranks() if mpi.launched_size() > 1 else ([], _gpus())
     if mpi.launched_rank() != 0:
         return mpi.start().bcast(None, root=0)
-    from moempi.doctor import WRONG, examine
+    from moempi.doctor import WRONG, examine, try_gpu_messages
 
-    findings = [*examine(os.environ), *findings]
+    findings = [*examine(os.environ), *findings, *try_gpu_messages(on_node)]
     code = EXIT_FAILED if any(each.state == WRONG for each in findings) else EXIT_DONE
     click.echo(json.dumps([asdict(each) for each in findings], indent=2) if as_json else report(findings))
     return mpi.start().bcast(code, root=0) if mpi.launched_size() > 1 else code
 
 
-def _seen_by_ranks() -> list[Finding]:
-    """What all ranks say together; empty elsewhere than on rank 0. Collective."""
+def _gpus() -> int:
+    """GPUs that this process sees: as many ranks send each other messages."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _seen_by_ranks() -> tuple[list[Finding], int]:
+    """What all ranks say together, and how many are on this node; nothing elsewhere than on rank 0. Collective."""
     from moempi.doctor import ranks, this_rank
     from moempi.exchange.topology import look_around
 
     world = mpi.start()
     topology = look_around(world)
     reports = world.gather(this_rank(topology.nodes.of[world.rank], topology.threads), root=0)
-    return ranks(reports, mpi.largest_tag()) if reports is not None else []
+    return (ranks(reports, mpi.largest_tag()) if reports is not None else []), topology.place_on_node[1]
 
 
 def report(findings: Sequence[Finding]) -> str:

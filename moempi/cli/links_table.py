@@ -33,7 +33,8 @@ def links_table(links: MeasuredLinks) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     n_nodes = len(set(links.node.tolist()))
     where = f"{len(links.node)} ranks on {n_nodes} node{'s' * (n_nodes > 1)}"
-    title = f"{where}; a message takes latency + bytes / bandwidth"
+    gpus = "" if set(links.device) == {"cpu"} else " from GPU to GPU"
+    title = f"{where}; a message{gpus} takes latency + bytes / bandwidth"
     return [title, *("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)]
 
 
@@ -49,7 +50,8 @@ def as_dict(links: MeasuredLinks) -> dict[str, Any]:
         }
         for p, (source, destination) in enumerate(_ends(links))
     ]
-    return {"size": links.size.tolist(), "node": links.node.tolist(), "host": links.host, "pairs": pairs}
+    ranks = {"node": links.node.tolist(), "host": links.host, "device": links.device}
+    return {"size": links.size.tolist(), **ranks, "pairs": pairs}
 
 
 def _ends(links: MeasuredLinks) -> list[tuple[int, int]]:

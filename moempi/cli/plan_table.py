@@ -25,6 +25,10 @@ def memory_table(layout: Layout) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     count = "1 microbatch" if layout.n_microbatches == 1 else f"{layout.n_microbatches} microbatches"
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    own = layout.memory[0].context_bytes
+    lines += [f"The totals hold {show_bytes(own)} of CUDA's own."] if own else []
+    if layout.kv_tokens < layout.kv_wanted:
+        lines += [f"KV cache: {layout.kv_tokens} of {layout.kv_wanted} positions; sequences wait for room."]
     return [f"Memory per rank on {layout.n_ranks} ranks, {layout.dtype}, {count}:", *lines]
 
 

@@ -19,6 +19,7 @@ from moempi.cli.complete import complete_option
 from moempi.cli.results import plural
 from moempi.errors import EXIT_DONE, JobError
 from moempi.job import Job, load_job, to_toml
+from moempi.planning.memory import show_bytes
 from moempi.progress import TERMINAL, open_terminal, own_terminal, terminal_for_ranks
 
 if TYPE_CHECKING:
@@ -184,6 +185,9 @@ def describe(outcome: Outcome, seconds: float = 0.0) -> str:
     ]
     if outcome.messages:
         lines.append(f"on {outcome.device}; rows travel {outcome.messages}")
+    if outcome.memory_peak:
+        lines.append(f"memory: {show_bytes(max(outcome.memory_peak))} at most on a rank, "
+                     f"{show_bytes(max(outcome.memory_planned))} planned")
     if seconds:
         lines.append(f"total:  {seconds:.1f} s, with start-up, reading and writing")
     if outcome.exit_code == EXIT_DONE:

@@ -127,6 +127,9 @@ class Cpu:
         """For people."""
         return "cpu"
 
+    def memory_use(self) -> None:
+        """Not known: the memory of a process is the interpreter's and MPI's too."""
+
     def place(self, tensor: Tensor) -> Tensor:
         """A tensor on this device: as it is."""
         return tensor

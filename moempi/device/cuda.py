@@ -6,6 +6,7 @@ both. TF32 is off in both.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
@@ -19,6 +20,7 @@ from moempi.device.cuda_products import TILES, product
 from moempi.errors import MoempiError
 from moempi.model.attention import Span
 from moempi.model.gate import Route
+from moempi.planning.gpu_memory import Use
 
 SELF_TEST_ROWS = (1, 2, 7, 16, 64, 65, 128, 257)
 
@@ -60,6 +62,21 @@ class Cuda:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
+    def hold(self, nbytes: int) -> None:
+        """Let torch's allocator take no more than so many bytes; it then returns what it only keeps in store."""
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, nbytes) / total), self.device)
+
+    def memory_use(self) -> Use:
+        """What is used of this GPU, and what this process has taken of it."""
+        free, total = torch.cuda.mem_get_info(self.device)
+        return Use(
+            gpu=f"{platform.node()} {self.device.index}",
+            used=total - free,
+            reserved=torch.cuda.memory_reserved(self.device),
+            peak=torch.cuda.max_memory_reserved(self.device),
+        )
+
     def describe(self) -> str:
         """For people."""
         return f"cuda ({self.model})"
@@ -86,6 +103,8 @@ class Cuda:
                     f"the self-test failed: on {self.model} with torch {torch.__version__} a row's bits depend on its "
                     f"neighbours in products of {shape[1]} inputs and {shape[0]} outputs; model.mode = 'fast' works"
                 )
+        # What the tests took would not fit what comes.
+        torch.cuda.empty_cache()
 
     def linear(self, weight: Tensor) -> Linear:
         """A product with `weight` [O, I]."""

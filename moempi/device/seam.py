@@ -10,6 +10,7 @@ from torch import Tensor
 
 from moempi.model.attention import Span
 from moempi.model.gate import Route
+from moempi.planning.gpu_memory import Use
 
 
 class Product(Protocol):
@@ -31,6 +32,9 @@ class Device(Protocol):
 
     def describe(self) -> str:
         """For people."""
+
+    def memory_use(self) -> Use | None:
+        """What is used of its memory; None where that says nothing of this process."""
 
     @property
     def products(self) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
-from moempi import launch, mpi
-from moempi.errors import MoempiError
+from moempi import mpi
 from moempi.exchange import gpu_trial
 from moempi.exchange.topology import Topology
 
@@ -33,7 +31,7 @@ def choose_way(topology: Topology, option: str) -> Way:
         return Way(False, "one rank sends no messages")
     if option != "auto":
         return Way(option == "off", f"exchange.gpu_aware = {option}")
-    mine = _try() if topology.place_on_node[0] == 0 else ""
+    mine = gpu_trial.start(2)[1] if topology.place_on_node[0] == 0 else ""
     mpi.meet(topology.world)  # sleeping, while the trials run
     reasons = topology.world.allgather(mine)
     failed = [(rank, reason) for rank, reason in enumerate(reasons) if reason]
@@ -41,14 +39,3 @@ def choose_way(topology: Topology, option: str) -> Way:
         return Way(False, f"a trial on {topology.nodes.n_nodes} node{'s' if topology.nodes.n_nodes > 1 else ''} worked")
     rank, reason = failed[0]
     return Way(True, f"rank {rank} ({topology.hosts[rank]}): {reason}")
-
-
-def _try() -> str:
-    """Empty where bytes arrive, else what happened."""
-    try:
-        starter = launch.find_mpirun(None, os.environ)
-    except MoempiError as error:
-        return str(error)
-    options = launch.mpirun_options(launch.version(starter), 2, {})
-    _, problem = gpu_trial.ask(2, [*starter, *options])
-    return problem

@@ -2,7 +2,7 @@
 
     mpirun -n 2 python -m moempi.exchange.gpu_trial
 
-Every rank sends bytes to the next one from GPU memory and checks what it gets. Rank 0 prints the bandwidths.
+Every two ranks send each other bytes from GPU memory and check what they get. Rank 0 prints the bandwidths.
 """
 
 from __future__ import annotations
@@ -12,26 +12,30 @@ import os
 import subprocess
 import sys
 import time
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from moempi import launch
+from moempi.errors import MoempiError
 from moempi.exchange import gpu_mpi
 
 if TYPE_CHECKING:
+    import torch
     from mpi4py import MPI
 
 SIZES = (64, 4096, 2**20, 2**25)  # bytes
 TIMEOUT = 90.0  # s
 
 
-def ask(n_ranks: int, mpirun: list[str]) -> tuple[dict[str, float], str]:
+def ask(n_ranks: int, mpirun: list[str]) -> tuple[dict[str, list[float]], str]:
     """Run the trial in processes of its own.
 
     Args:
         mpirun: the command that starts ranks, with its options.
 
     Returns:
-        GB/s by bytes, and what went wrong (empty: nothing).
+        By pair of ranks ("0-1") the GB/s one way of every size of SIZES, both ways at once; and what went wrong
+        (empty: nothing).
     """
     line = [*mpirun, "-n", str(n_ranks), sys.executable, "-m", "moempi.exchange.gpu_trial"]
     environ = launch.child_environment(gpu_mpi.child_environment(os.environ), os.geteuid() == 0)
@@ -45,6 +49,16 @@ def ask(n_ranks: int, mpirun: list[str]) -> tuple[dict[str, float], str]:
     return json.loads(answers[-1]), ""
 
 
+def start(n_ranks: int) -> tuple[dict[str, list[float]], str]:
+    """`ask` with the mpirun that moempi would take."""
+    try:
+        starter = launch.find_mpirun(None, os.environ)
+        options = launch.mpirun_options(launch.version(starter), n_ranks, {})
+    except MoempiError as error:
+        return {}, str(error)
+    return ask(n_ranks, [*starter, *options])
+
+
 def main() -> None:
     """One rank of the trial."""
     import torch
@@ -55,37 +69,47 @@ def main() -> None:
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     torch.cuda.set_device(node.rank % torch.cuda.device_count())
-    rates = {str(nbytes): _move(world, nbytes) for nbytes in SIZES}
+    pairs = combinations(range(world.size), 2)
+    rates = {f"{a}-{b}": [_move(world, a, b, nbytes) for nbytes in SIZES] for a, b in pairs}
     if world.rank == 0:
         print(prepared, file=sys.stderr)
         print(json.dumps(rates), flush=True)
 
 
-def _move(world: MPI.Intracomm, nbytes: int) -> float:
-    """Send bytes to the next rank and check those of the one before; GB/s."""
-    import torch
+def _move(world: MPI.Intracomm, low: int, high: int, nbytes: int) -> float:
+    """Let two ranks send each other bytes and check them; GB/s, on all ranks. Collective."""
+    best = float("inf")
+    peer = {low: high, high: low}.get(world.rank)
+    if peer is not None:
+        mine, got = _numbers(world.rank, nbytes), _numbers(world.rank, nbytes)
+        for _ in range(3):
+            best = min(best, _swap(world, peer, mine.data_ptr(), got.data_ptr(), nbytes))
+        if not got.equal(_numbers(peer, nbytes)):
+            raise SystemExit(f"{nbytes} bytes from rank {peer} to rank {world.rank} arrived damaged")
+    return nbytes / world.bcast(best, root=low) / 1e9
+
+
+def _swap(world: MPI.Intracomm, peer: int, mine: int, got: int, nbytes: int) -> float:
+    """Send what is at one address and receive at the other; seconds, after both ranks have met."""
     from mpi4py import MPI
 
-    def numbers(rank: int) -> torch.Tensor:
-        random = torch.Generator("cuda").manual_seed(rank + nbytes)
-        return torch.randint(0, 256, (nbytes,), generator=random, dtype=torch.uint8, device="cuda")
+    world.sendrecv(None, peer, source=peer)
+    begin = time.perf_counter()
+    requests = [
+        world.Irecv([MPI.buffer.fromaddress(got, nbytes), MPI.BYTE], peer),
+        world.Isend([MPI.buffer.fromaddress(mine, nbytes), MPI.BYTE], peer),
+    ]
+    MPI.Request.Waitall(requests)
+    return time.perf_counter() - begin
 
-    mine, got = numbers(world.rank), torch.zeros(nbytes, dtype=torch.uint8, device="cuda")
+
+def _numbers(rank: int, nbytes: int) -> torch.Tensor:
+    import torch
+
+    random = torch.Generator("cuda").manual_seed(rank + nbytes)
+    numbers = torch.randint(0, 256, (nbytes,), generator=random, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()
-    after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-    best = float("inf")
-    for _ in range(3):
-        world.Barrier()
-        begin = time.perf_counter()
-        requests = [
-            world.Irecv([MPI.buffer.fromaddress(got.data_ptr(), nbytes), MPI.BYTE], before),
-            world.Isend([MPI.buffer.fromaddress(mine.data_ptr(), nbytes), MPI.BYTE], after),
-        ]
-        MPI.Request.Waitall(requests)
-        best = min(best, time.perf_counter() - begin)
-    if not torch.equal(got, numbers(before)):
-        raise SystemExit(f"{nbytes} bytes from rank {before} arrived damaged")
-    return nbytes / best / 1e9
+    return numbers
 
 
 if __name__ == "__main__":

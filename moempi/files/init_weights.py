@@ -27,6 +27,7 @@ def init_weights(
     std: float = 0.02,
     *,
     block: int = BLOCK,
+    alike: bool = False,
 ) -> None:
     """Write a weights file of normally distributed numbers; weights of norms are ones.
 
@@ -41,6 +42,8 @@ def init_weights(
         gate_scale: factor on the standard deviation of the gates; larger makes routes clearer.
         std: standard deviation of all other numbers.
         block: most bytes of a tensor in memory at a time.
+        alike: all experts of a layer get the numbers of the first one, which is many times as fast to write: for
+            measurements of speed.
 
     Raises:
         DataError: the config is missing or not of a supported model.
@@ -51,6 +54,7 @@ def init_weights(
     text = read_small_file(config_path)
     config = parse_config(text, str(config_path))
     options = {"seed": seed, "dtype": dtype, "gate_scale": gate_scale, "std": std}
+    options |= {"alike": True} if alike else {}
     with schema.create(out, "weights", sources={"config.json": hashlib.sha256(text).hexdigest()}) as file:
         write_bytes(file, "config", text)
         schema.write_text(file, "init", json.dumps(options))
@@ -58,7 +62,10 @@ def init_weights(
         for name, shape in dataset_shapes(config).items():
             scale = std * gate_scale if name.endswith("/gate") else std
             with filling(model, name, shape, DTYPES[dtype], long_name(name)) as put:
-                _fill(put, name, shape, DTYPES[dtype], seed, scale, block)
+                if alike and name.endswith(EXPERT_DATASETS):
+                    _fill_alike(put, name, shape, DTYPES[dtype], seed, scale)
+                else:
+                    _fill(put, name, shape, DTYPES[dtype], seed, scale, block)
 
 
 def _fill(put: Put, name: str, shape: Shape, dtype: torch.dtype, seed: int, scale: float, block: int) -> None:
@@ -74,6 +81,15 @@ def _fill(put: Put, name: str, shape: Shape, dtype: torch.dtype, seed: int, scal
             values = generator.standard_normal((hi - lo, columns), dtype=np.float32)
             values *= np.float32(scale)
             put((*stream, lo, 0), torch.from_numpy(values).to(dtype))
+
+
+def _fill_alike(put: Put, name: str, shape: Shape, dtype: torch.dtype, seed: int, scale: float) -> None:
+    """The numbers of the first expert, in memory as a whole, for all of them."""
+    values = _generator(seed, name, (0,)).standard_normal(shape[1:], dtype=np.float32)
+    values *= np.float32(scale)
+    first = torch.from_numpy(values).to(dtype)
+    for expert in range(shape[0]):
+        put((expert,) + (0,) * (len(shape) - 1), first)
 
 
 def _generator(seed: int, name: str, stream: Shape) -> np.random.Generator:

@@ -4,7 +4,7 @@
     /source, /destination         int32 [P], the two ranks; every pair once, source < destination
     /time                         float64 [P, S], s, one way
     /latency, /bandwidth          float64 [P]; a message takes about latency + bytes / bandwidth
-    /ranks/node, /ranks/host      of every rank [N]
+    /ranks/node, /ranks/host, /ranks/device      of every rank [N]
 
 Links are taken as alike in both directions: times are halves of round trips.
 """
@@ -44,6 +44,7 @@ class MeasuredLinks:
         bandwidth: bytes/s, float64 [P].
         node: number of the node of every rank, int32 [N].
         host: its host name [N].
+        device: whose memory it sent [N]: "cpu", or a GPU with its number on the host.
     """
 
     size: np.ndarray
@@ -54,6 +55,7 @@ class MeasuredLinks:
     bandwidth: np.ndarray
     node: np.ndarray
     host: list[str]
+    device: list[str]
 
     @property
     def between(self) -> np.ndarray:
@@ -73,6 +75,7 @@ def write_links(path: Path, links: MeasuredLinks) -> None:
         ranks = file.create_group("ranks")
         schema.write_column(ranks, "node", links.node, text="ranks that share memory have the same number")
         schema.write_ragged_text(ranks, "host", links.host)
+        schema.write_ragged_text(ranks, "device", links.device)
 
 
 def read_links(path: Path) -> MeasuredLinks:
@@ -85,7 +88,9 @@ def read_links(path: Path) -> MeasuredLinks:
         columns = {name: _column(file, name, kinds, path) for name, (kinds, _, _) in _COLUMNS.items()}
         node = _column(file, "ranks/node", "iu", path)
         host = schema.read_ragged_text(file["ranks"], "host")
-    links = MeasuredLinks(**columns, node=node, host=host)
+        # The first of these files do not say it.
+        device = schema.read_ragged_text(file["ranks"], "device") if "device" in file["ranks"] else ["cpu"] * len(node)
+    links = MeasuredLinks(**columns, node=node, host=host, device=device)
     _check(links, path)
     return links
 
@@ -123,5 +128,6 @@ def _check(links: MeasuredLinks, path: Path) -> None:
         values = getattr(links, name)
         if not (np.isfinite(values) & (values > 0)).all():
             raise DataError(f"{path}: /{name} holds numbers that are not above 0")
-    if len(links.host) != n_ranks:
-        raise DataError(f"{path}: /ranks/host has {len(links.host)} names; expected {n_ranks}")
+    for name in ("host", "device"):
+        if len(getattr(links, name)) != n_ranks:
+            raise DataError(f"{path}: /ranks/{name} has {len(getattr(links, name))} names; expected {n_ranks}")

@@ -2,7 +2,7 @@
 
 Letters: T tokens of a microbatch, D model dim, F expert hidden, E experts, K experts per token, L MoE layers.
 Weights, KV cache and messages are counted from shapes; `step_bytes` is an upper estimate. Memory of the
-interpreter and of the MPI library is not in the plan.
+interpreter and of the MPI library is not in the plan; on a GPU, whose memory it is then all about, CUDA's own is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from moempi.errors import FitError
 from moempi.exchange.relay_plan import Ways
 from moempi.exchange.relay_wire import ALIGNED
 from moempi.model.config import PAGE, ModelConfig
-from moempi.planning.placement import Placement
+from moempi.planning import gpu_memory
+from moempi.planning.placement import COLUMNS, Placement
 
 _WAYS_OUT = "lower run.capacity, memory.kv_tokens, run.prefill_tokens or exchange.arrival_budget, or raise memory.limit"
 # Combined in float32, and so are the pieces of a cut expert returned.
@@ -37,11 +38,13 @@ class RankMemory:
     kv_bytes: int
     message_bytes: int  # arrivals and their answers, and the rows that its microbatches send and await
     step_bytes: int  # activations, at most
+    context_bytes: int = 0  # what CUDA takes for itself
 
     @property
     def total(self) -> int:
         """Sum of all parts in bytes."""
-        return self.shared_bytes + self.expert_bytes + self.kv_bytes + self.message_bytes + self.step_bytes
+        parts = (self.shared_bytes, self.expert_bytes, self.kv_bytes, self.message_bytes, self.step_bytes)
+        return sum(parts) + self.context_bytes
 
 
 def plan_memory(
@@ -57,6 +60,7 @@ def plan_memory(
     homes: Collection[int] | None = None,
     packed_head: bool = False,
     relays: Mapping[int, int] | None = None,
+    gpu: bool = False,
 ) -> list[RankMemory]:
     """The plan of every rank, in order of rank.
 
@@ -71,12 +75,23 @@ def plan_memory(
             True counts it.
         relays: bytes that each relay gives to hops; None: rows go straight to their ranks. Where there are relays,
             homes pack rows for them, and receive what they bring, beside their own.
+        gpu: it is the memory of GPUs.
     """
     shared = shared_bytes(config, dtype_bytes, packed_head)
     kv = kv_bytes(config, dtype_bytes, kv_tokens)
     own = microbatches * home_message_bytes(config, dtype_bytes, max_step_tokens, placement)
     own *= 1 if relays is None else 2
     step = step_bytes(config, dtype_bytes, capacity, max_step_tokens, microbatches)
+    if gpu:
+        step = gpu_memory.step_bytes(
+            config,
+            dtype_bytes,
+            n_ranks=placement.n_ranks,
+            capacity=capacity,
+            max_step_tokens=max_step_tokens,
+            microbatches=microbatches,
+            arrival_budget=arrival_budget,
+        )
     slots, experts = _slots_of_ranks(config, dtype_bytes, placement)
     home = [homes is None or rank in homes for rank in range(placement.n_ranks)]
     return [
@@ -88,6 +103,7 @@ def plan_memory(
             kv_bytes=kv * home[rank],
             message_bytes=arrival_budget + own * home[rank] + (relays or {}).get(rank, 0),
             step_bytes=step,
+            context_bytes=gpu_memory.CONTEXT if gpu else 0,
         )
         for rank in range(placement.n_ranks)
     ]
@@ -204,8 +220,11 @@ def microbatches_auto(config: ModelConfig, n_ranks: int, capacity: int) -> int:
 # ---------------------------------------------------------------- limits
 
 
-def check_limit(plans: list[RankMemory], limit: int) -> None:
+def check_limit(plans: list[RankMemory], limit: int, source: str = "memory.limit") -> None:
     """Hold `memory.limit` (bytes per rank; 0: not checked).
+
+    Args:
+        source: what the limit is, where it is not that option.
 
     Raises:
         FitError: naming the fullest rank, its parts and the limit.
@@ -214,7 +233,7 @@ def check_limit(plans: list[RankMemory], limit: int) -> None:
     if limit and worst.total > limit:
         over = sum(plan.total > limit for plan in plans)
         raise FitError(
-            f"memory.limit = {show_bytes(limit)}: rank {worst.rank} needs {show_bytes(worst.total)} "
+            f"{source} = {show_bytes(limit)}: rank {worst.rank} needs {show_bytes(worst.total)} "
             f"({_parts(worst)}), and {over} of {len(plans)} ranks need more than the limit; use more ranks, {_WAYS_OUT}"
         )
 
@@ -227,6 +246,7 @@ def _parts(plan: RankMemory) -> str:
         "messages": plan.message_bytes,
         "activations": plan.step_bytes,
     }
+    parts |= {"CUDA's own": plan.context_bytes} if plan.context_bytes else {}
     return ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items())
 
 
@@ -242,6 +262,8 @@ def slots_within(
     arrival_budget: int,
     packed_head: bool = False,
     relays: Mapping[int, int] | None = None,
+    gpu: bool = False,
+    n_ranks: int = 1,
 ) -> int | None:
     """Most whole experts, over all layers, that fit a home rank: the `slot_limit` of `place`. None: no limit.
 
@@ -250,16 +272,21 @@ def slots_within(
     """
     if not limit:
         return None
-    own = home_message_bytes(config, dtype_bytes, max_step_tokens) * (1 if relays is None else 2)
-    rest = RankMemory(
-        rank=0,
-        slots=0,
-        shared_bytes=shared_bytes(config, dtype_bytes, packed_head),
-        expert_bytes=0,
-        kv_bytes=kv_bytes(config, dtype_bytes, kv_tokens),
-        message_bytes=arrival_budget + microbatches * own + max((relays or {}).values(), default=0),
-        step_bytes=step_bytes(config, dtype_bytes, capacity, max_step_tokens, microbatches),
-    )
+    none = np.zeros(0, dtype=np.int32)
+    bare = Placement.from_slots(n_ranks, config.n_experts, 1, (), dict.fromkeys(COLUMNS, none))
+    rest = plan_memory(
+        config,
+        dtype_bytes,
+        bare,
+        capacity=capacity,
+        kv_tokens=kv_tokens,
+        max_step_tokens=max_step_tokens,
+        microbatches=microbatches,
+        arrival_budget=arrival_budget,
+        packed_head=packed_head,
+        relays=None if relays is None else {0: max(relays.values(), default=0)},
+        gpu=gpu,
+    )[0]
     if rest.total > limit:
         raise FitError(
             f"memory.limit = {show_bytes(limit)}: without any expert a home rank needs {show_bytes(rest.total)} "

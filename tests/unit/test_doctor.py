@@ -68,11 +68,23 @@ def test_crowded_cores_and_little_shared_memory_are_noted() -> None:
     assert states(rank(shared=-1))["shared memory"] == NOTE
 
 
-def test_no_gpu_is_said_and_is_fine() -> None:
-    none = doctor.gpu([])
-    assert none.state == FINE and "none found" in none.found and "not tried" in none.found
-    two = doctor.gpu(["GPU 0: NVIDIA H100 (UUID: GPU-1)", "GPU 1: NVIDIA H100 (UUID: GPU-2)"])
-    assert two.state == NOTE and two.found.startswith("2 GPUs (GPU 0: NVIDIA H100)")
+def test_gpus_and_what_stands_in_their_way() -> None:
+    none = doctor.gpu([], "torch sees no GPU: look at nvidia-smi")
+    assert none.state == FINE and none.found == "none found: jobs run on the CPU"
+    listed = ["GPU 0: NVIDIA H100 (UUID: GPU-1)", "GPU 1: NVIDIA H100 (UUID: GPU-2)"]
+    two = doctor.gpu(listed, "")
+    assert two.state == FINE and two.found == "2 GPUs (GPU 0: NVIDIA H100)" and not two.advice
+    hidden = doctor.gpu(listed, "there is no cupy: pip install cupy-cuda13x")
+    assert hidden.state == NOTE and hidden.advice == "pip install cupy-cuda13x"
+    assert hidden.found == "2 GPUs (GPU 0: NVIDIA H100), but there is no cupy: jobs run on the CPU"
+
+
+def test_messages_between_gpus_are_told_by_pair() -> None:
+    found = doctor.gpu_messages({"0-1": [0.01, 250.4], "0-2": [0.01, 31.26], "1-2": [0.5, 0.25]}, "")
+    assert found.state == FINE
+    assert found.found.endswith("between ranks 0-1 250 GB/s, 0-2 31.3 GB/s, 1-2 0.5 GB/s")
+    none = doctor.gpu_messages({}, "the trial ended with 139")
+    assert none.state == NOTE and "(the trial ended with 139): rows are staged" in none.found and none.advice
 
 
 def test_slurm() -> None:

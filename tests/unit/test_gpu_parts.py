@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moempi.device import cuda_binding
 from moempi.device.arena import ALIGNMENT, Arena, aligned
-from moempi.device.cuda_binding import gpu_index, refuse_allocators
+from moempi.device.cuda_binding import gpu_index, installed_cupys, refuse_allocators, why_not
 from moempi.errors import JobError
 from moempi.exchange import gpu_mpi
 
@@ -59,6 +61,56 @@ def test_a_gpu_each_or_in_turns() -> None:
     assert [gpu_index(rank, 5, 2, share=True) for rank in range(5)] == [0, 1, 0, 1, 0]
     with pytest.raises(JobError, match=r"3 ranks on this node, but 2 GPUs .* run\.share_gpus = true"):
         gpu_index(0, 3, 2, share=False)
+
+
+CUPY = {"cupy-cuda13x": "14.2.0"}
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "seen", "cupys", "expected"),
+    [
+        ("13.0", True, CUPY, ""),
+        ("13.0", True, {"cupy": "14.2.0"}, ""),  # built on the machine itself
+        ("12.8", True, {"cupy-cuda12x": "13.6.0"}, ""),
+        (None, False, CUPY, "this torch (2.11.0) is built without CUDA: install a CUDA build of it"),
+        ("13.0", False, CUPY, "torch sees no GPU: look at nvidia-smi and at CUDA_VISIBLE_DEVICES"),
+        ("13.0", True, {}, "there is no cupy: pip install cupy-cuda13x (torch 2.11.0 is built for CUDA 13.0)"),
+        (
+            "13.0", True, {"cupy-cuda12x": "13.6.0"},
+            "cupy-cuda12x 13.6.0 is built for CUDA 12, but torch 2.11.0 for CUDA 13.0: "
+            "pip uninstall cupy-cuda12x, then pip install cupy-cuda13x",
+        ),
+        (
+            "12.8", True, CUPY,
+            "cupy-cuda13x 14.2.0 is built for CUDA 13, but torch 2.11.0 for CUDA 12.8: "
+            "pip uninstall cupy-cuda13x, then pip install cupy-cuda12x",
+        ),
+        (
+            "13.0", True, {**CUPY, "cupy-cuda12x": "13.6.0"},
+            "cupy-cuda12x 13.6.0 and cupy-cuda13x 14.2.0 are installed and overwrite each other: "
+            "pip uninstall cupy-cuda12x cupy-cuda13x, then pip install cupy-cuda13x",
+        ),
+    ],
+)  # fmt: skip
+def test_what_stands_in_the_way_of_a_gpu(
+    torch_cuda: str | None, seen: bool, cupys: dict[str, str], expected: str
+) -> None:
+    assert why_not("2.11.0", torch_cuda, seen=seen, cupys=cupys) == expected
+
+
+def test_installed_cupys_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, version in {"cupy_cuda12x": "13.6.0", "cupy_plots": "1.0"}.items():
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+    before = installed_cupys()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert installed_cupys() == {**before, "cupy-cuda12x": "13.6.0"}
+
+
+def test_a_torch_without_cuda_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_binding.torch.version, "cuda", None)
+    assert cuda_binding.why_not_here() == why_not(cuda_binding.torch.__version__, None, seen=False, cupys={})
 
 
 VALUES = ["expandable_segments:True", "a:1, expandable_segments: True", "backend:cudaMallocAsync"]

@@ -26,10 +26,12 @@ WHERE: list[dict[str, int | str]] = [
     {"node": 1, "host": "b"},
 ]
 
+DEVICES = ["NVIDIA H100 0", "NVIDIA H100 1", "cpu"]
+
 
 @pytest.fixture
 def links() -> MeasuredLinks:
-    return summarize({(1, 2): OUTSIDE, (0, 1): INSIDE, (0, 2): OUTSIDE}, SIZES, WHERE)
+    return summarize({(1, 2): OUTSIDE, (0, 1): INSIDE, (0, 2): OUTSIDE}, SIZES, WHERE, DEVICES)
 
 
 def test_ladder() -> None:
@@ -71,7 +73,10 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, links: MeasuredLinks
     for name in ("size", "source", "destination", "time", "latency", "bandwidth", "node"):
         found, expected = getattr(read, name), getattr(links, name)
         assert found.dtype == expected.dtype and np.array_equal(found, expected), name
-    assert read.host == ["a", "a", "b"]
+    assert read.host == ["a", "a", "b"] and read.device == DEVICES
+    with h5py.File(tmp_path / "links.h5", "r+") as file:
+        del file["ranks/device"]
+    assert read_links(tmp_path / "links.h5").device == ["cpu"] * 3, "the first of these files do not say it"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +104,7 @@ def test_a_damaged_file_is_refused(
 
 def test_the_table_has_a_line_for_every_pair(links: MeasuredLinks) -> None:
     assert links_table(links) == [
-        "3 ranks on 2 nodes; a message takes latency + bytes / bandwidth",
+        "3 ranks on 2 nodes; a message from GPU to GPU takes latency + bytes / bandwidth",
         "ranks  nodes  latency, us  bandwidth, MB/s  1 B, us  1000 B, us  976.6 KiB, us",
         "0 - 1      0         10.0           1000.0     10.0        11.0         1010.0",
         "0 - 2  0 - 1         50.0            100.0     50.0        60.0        10050.0",
@@ -110,7 +115,8 @@ def test_the_table_has_a_line_for_every_pair(links: MeasuredLinks) -> None:
 def test_many_ranks_are_shown_by_nodes() -> None:
     where: list[dict[str, int | str]] = [{"node": rank // 4, "host": f"n{rank // 4}"} for rank in range(12)]
     pairs = [(a, b) for a in range(12) for b in range(a + 1, 12)]
-    many = summarize({(a, b): INSIDE if a // 4 == b // 4 else OUTSIDE for a, b in pairs}, SIZES, where)
+    times = {(a, b): INSIDE if a // 4 == b // 4 else OUTSIDE for a, b in pairs}
+    many = summarize(times, SIZES, where, ["cpu"] * len(where))
     assert [line.split() for line in links_table(many)[2:]] == [
         ["0", "6", "10.0", "1000.0", "10.0", "11.0", "1010.0"],
         ["0", "-", "1", "16", "50.0", "100.0", "50.0", "60.0", "10050.0"],

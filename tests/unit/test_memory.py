@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 from moempi.errors import FitError
 from moempi.exchange.nodes import pretended
 from moempi.exchange.relay_plan import Ways
-from moempi.job import PlacementOptions
+from moempi.job import PlacementOptions, job_from_table
+from moempi.layout import Layout, lay_out, most_that_fits
 from moempi.model.config import ModelConfig
-from moempi.planning import memory
+from moempi.planning import gpu_memory, memory
 from moempi.planning.placement import cut_expert, place
 
 # Layer 0 is dense, layers 1 and 2 have experts.
@@ -208,3 +210,80 @@ def test_bytes_are_shown_in_a_fitting_unit(count: int, shown: str) -> None:
 def test_plans_are_plain_integers() -> None:
     (plan, *_) = memory.plan_memory(SMALL, 2, place(SMALL, 2, PlacementOptions(), 1), **STEP)
     assert not any(isinstance(value, np.generic) for value in vars(plan).values())
+
+
+# ---------------------------------------------------------------- what the cache gets
+
+
+def test_the_cache_gets_the_most_pages_that_fit() -> None:
+    asked: list[int] = []
+
+    def attempt(positions: int) -> int:
+        asked.append(positions)
+        if positions > 1000:
+            raise FitError(f"{positions} are too many")
+        return positions
+
+    assert most_that_fits(64, 960, attempt) == 960 and asked == [960]
+    assert most_that_fits(128, 64 * 100, attempt) == 960 and len(asked) < 12
+    with pytest.raises(FitError, match="1088 are too many"):
+        most_that_fits(1088, 1088, attempt)
+    with pytest.raises(FitError, match="1024 are too many"):
+        most_that_fits(1024, 2048, attempt)
+
+
+def layout_within(limit: int, kv_tokens: int | str = "auto", device: str = "cpu", gpu_bytes: int = 0) -> Layout:
+    """SMALL on two ranks: 40 prompts that come to 70 positions, eight at a time."""
+    table = {
+        "model": {"weights": "w.h5"}, "input": {"file": "i.h5"}, "output": {"file": "o.h5"},
+        "memory": {"limit": limit, "kv_tokens": kv_tokens}, "exchange": {"arrival_budget": 0},
+    }  # fmt: skip
+    job = job_from_table(table, Path("job.toml"))
+    return lay_out(job, SMALL, "bfloat16", 2, [70] * 40, device=device, gpu_bytes=gpu_bytes)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_limit_leaves_room_for_so_many_sequences(device: str) -> None:
+    free = layout_within(0, device=device)
+    assert free.kv_tokens == free.kv_wanted == 8 * 128
+    four = layout_within(0, kv_tokens=4 * 128, device=device)
+    limit = four.memory[0].total
+    assert free.memory[0].total - limit == memory.kv_bytes(SMALL, 2, 4 * 128)
+    held = layout_within(limit, device=device)
+    assert (held.kv_tokens, held.kv_wanted, held.memory) == (4 * 128, 8 * 128, four.memory)
+    # A page's bytes less, and the cache has a page less.
+    assert layout_within(limit - 1, device=device).kv_tokens == 4 * 128 - 64
+    with pytest.raises(FitError, match=r"need 6 slots on a rank; memory\.limit has room for 5"):
+        layout_within(limit - memory.kv_bytes(SMALL, 2, 3 * 128) - 1, device=device)
+
+
+def test_what_a_gpu_has_is_a_limit_where_the_job_has_none() -> None:
+    four = layout_within(0, kv_tokens=4 * 128, device="cuda").memory[0].total
+    assert layout_within(0, device="cuda", gpu_bytes=four).kv_tokens == 4 * 128
+    assert layout_within(four + memory.kv_bytes(SMALL, 2, 128), device="cuda", gpu_bytes=four).kv_tokens == 5 * 128
+    with pytest.raises(FitError, match=r"the memory of the GPU = 1\.0 KiB: .* CUDA's own 704\.0 MiB"):
+        layout_within(0, device="cuda", gpu_bytes=1024)
+
+
+def test_activations_on_a_gpu_by_hand() -> None:
+    # 10 tokens, 2 microbatches, 3 sequences, one rank; dimension 8, 4 heads and 2 key-value heads of 6, bfloat16.
+    steps = gpu_memory.step_bytes(
+        SMALL, 2, n_ranks=1, capacity=3, max_step_tokens=10, microbatches=2, arrival_budget=10**9
+    )
+    resident = 2 * 10 * 2 * 8 * 2
+    # Attention is widest: projections 24 + 12 + 12 in bfloat16; four times 36 in float32.
+    stage = 48 * 2 + 4 * 36 * 4 + 2 * 8 * 2
+    # All 2 x 10 x 2 rows in one call, three times 12 wide.
+    call = 3 * 12 * 40 * 2
+    logits = 3 * 50 * (2 + 4)
+    tables = 2 * 64 * 6 * 4
+    assert steps == resident + 10 * stage + call + logits + tables + 48 * 2**20
+
+
+def test_what_ranks_took_of_their_gpus() -> None:
+    alone = gpu_memory.Use("n0 0", used=900, reserved=300, peak=400)
+    assert gpu_memory.peaks([alone]) == [1000]
+    # Two that share one: 1000 used, 200 and 400 by their allocators, so 200 each are CUDA's own.
+    first, second = gpu_memory.Use("n0 1", 1000, 200, 250), gpu_memory.Use("n0 1", 990, 400, 400)
+    assert gpu_memory.peaks([alone, first, second]) == [1000, 450, 600]
+    assert gpu_memory.peaks([]) == []

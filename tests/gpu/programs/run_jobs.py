@@ -2,6 +2,8 @@
 
     python run_jobs.py LIST ENGINE     LIST: a JSON file of job files; ENGINE: plain, or poisoned
 
+What the runs came to goes into a file beside LIST, ending in .outcomes.json.
+
 Poisoned, a block of the memory of messages is overwritten the moment that it is given back, and kernels are held up
 at random: whoever still reads or writes such a block computes something else.
 """
@@ -9,6 +11,7 @@ at random: whoever still reads or writes such a block computes something else.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import sys
@@ -59,16 +62,24 @@ def engine_type(name: str) -> Any:
 
 
 def main() -> None:
+    logging.basicConfig(level=logging.INFO)
     jobs = [load_job(Path(name)) for name in json.loads(Path(sys.argv[1]).read_text())]
     if jobs[0].run.device == "cuda":
         gpu_mpi.prepare(os.environ)
     world = mpi.start()
     from moempi.run import run
 
+    outcomes = []
     for job in jobs:
         outcome = run(world, job, engine_type=engine_type(sys.argv[2]))
+        outcomes.append(outcome.as_dict())
         if world.rank == 0:
             print(job.output.file.name, outcome.mode, outcome.messages, f"{outcome.seconds:.2f} s", flush=True)
+    if jobs[0].run.device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        print(f"beside torch's allocator {(total - free - torch.cuda.memory_reserved()) / 2**20:.0f} MiB are used")
+    if world.rank == 0:
+        Path(sys.argv[1]).with_suffix(".outcomes.json").write_text(json.dumps(outcomes))
 
 
 if __name__ == "__main__":

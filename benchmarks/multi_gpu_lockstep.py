@@ -1,0 +1,68 @@
+"""The stack of `moempi bench layer` on GPUs, and the same layers in lockstep through NCCL."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moempi.bench.layers_cuda import CudaLayers
+from moempi.device import cuda_rows
+from moempi.device.cuda_experts import Part
+
+
+class WithLockstep(CudaLayers):
+    """Also measures `lockstep`."""
+
+    measured = ("stack", "pure", "ceiling", "lockstep")
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self._exchanges = [self._exchange(m) for m in range(len(self.x))]
+        most = max(sum(got) for _, got, _ in self._exchanges)
+        self._got, self._back = self.apart.new_empty(2 * most, self.shape.d_model), torch.empty_like(self.packed)
+
+    def _exchange(self, m: int) -> tuple[list[int], list[int], list[tuple[int, int, int]]]:
+        """Rows to every rank, rows from every rank, and what of these is for which slot: (slot, lo, hi).
+
+        Layers are alike but for the turns of replicas, of which these layouts have none.
+        """
+        table = next(iter(self.tables.values())).table
+        mine = self._sorted(table.layer, m)[2].cpu().numpy()  # by cover, which is a slot
+        every = np.stack(self.world.allgather(mine))  # [N, S]
+        begin = table.rank_begin
+        sent = [int(mine[begin[r] : begin[r + 1]].sum()) for r in range(self.world.size)]
+        here = every[:, begin[self.world.rank] : begin[self.world.rank + 1]]  # [N, slots of this rank]
+        ends = np.cumsum(here.ravel())
+        parts = [
+            (i % here.shape[1], int(end - n), int(end))
+            for i, (n, end) in enumerate(zip(here.ravel(), ends, strict=True))
+            if n
+        ]
+        return sent, here.sum(1).tolist(), parts
+
+    def lockstep(self) -> None:
+        """The usual way."""
+        for layer, m in self._calls():
+            sent, got, parts = self._exchanges[m]
+            n = sum(got)
+            pairs, places, _ = self._sorted(layer, m)
+            cuda_rows.gather(self.x[m], pairs, self.shape.top_k, self.packed)
+            rows, answers = self._got[:n], self._got[n : 2 * n]
+            dist.all_to_all_single(rows, self.packed, got, sent)
+            self._compute_parts(layer, parts, rows, answers)
+            dist.all_to_all_single(self._back, answers, sent, got)
+            cuda_rows.combine(self.x[m], self._back, places, self.routes[m].weights)
+
+    def _compute_parts(self, layer: int, parts: list[tuple[int, int, int]], rows: Tensor, answers: Tensor) -> None:
+        if parts:
+            given = [Part(slot, rows[lo:hi], answers[lo:hi]) for slot, lo, hi in parts]
+            self.layers[layer](given, self._got.view(-1))
+
+    def free(self) -> None:
+        """Give the communicators and the GPU's memory back. Collective."""
+        del self._got, self._back
+        super().free()

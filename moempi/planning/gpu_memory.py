@@ -1,0 +1,87 @@
+"""What a rank holds on a GPU that it would not on a CPU, before the job starts, and what it was in the end.
+
+Letters: T tokens of a microbatch, D model dim, F expert hidden, E experts, K experts per token, H hidden of a dense
+layer. Whatever is not a shape was measured on an H200 with CUDA 13; the GPU's tests hold the sum against the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from moempi.model.config import ModelConfig
+
+# CUDA's own, a little more than was seen: context and code of kernels.
+CONTEXT = 704 * 2**20
+# torch's allocator takes memory in segments, which are not filled to the end.
+_SEGMENTS = 48 * 2**20
+CALL_ROWS = 65536  # most rows of an expert call
+_FLOAT32 = 4
+
+
+def step_bytes(
+    config: ModelConfig,
+    dtype_bytes: int,
+    *,
+    n_ranks: int,
+    capacity: int,
+    max_step_tokens: int,
+    microbatches: int,
+    arrival_budget: int,
+) -> int:
+    """Most that activations take: two rows per token of every microbatch, one stage of one, an expert call, logits.
+
+    Nothing is sliced on a GPU: a stage has all tokens of a microbatch.
+    """
+    d, t = config.d_model, max_step_tokens
+    resident = microbatches * t * 2 * d * dtype_bytes
+    logits = min(capacity, t) * config.vocab * (dtype_bytes + _FLOAT32)
+    call = _call_bytes(config, dtype_bytes, n_ranks * microbatches, t, arrival_budget + resident * config.top_k)
+    return resident + t * _stage_bytes(config, dtype_bytes) + call + logits + _tables(config) + _SEGMENTS
+
+
+def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
+    """Bytes per token of the widest stage, with the rows that it makes."""
+    d, queries = config.d_model, config.n_heads * config.head_dim
+    turned = queries + config.n_kv_heads * config.head_dim
+    # Projections, and heads in float32: normed, swapped, and multiplied by cosines and sines.
+    attention = (turned + config.n_kv_heads * config.head_dim) * dtype_bytes + 4 * turned * _FLOAT32
+    dense = 3 * config.dense_hidden * dtype_bytes if config.dense_layers else 0
+    gate = (d + config.n_experts) * _FLOAT32 if config.moe_layers else 0
+    return max(attention, dense, gate) + 2 * d * dtype_bytes
+
+
+def _call_bytes(config: ModelConfig, dtype_bytes: int, n_microbatches: int, tokens: int, room: int) -> int:
+    """What lies between the two products of an expert call: all rows there can be, or those that there is room for."""
+    if not config.moe_layers:
+        return 0
+    rows = min(CALL_ROWS, n_microbatches * tokens * config.top_k, room // (2 * config.d_model * dtype_bytes))
+    return 3 * config.expert_hidden * rows * dtype_bytes
+
+
+def _tables(config: ModelConfig) -> int:
+    """Sines and cosines of every position."""
+    return 2 * config.max_positions * config.head_dim * _FLOAT32
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a rank saw of its GPU at the end, in bytes."""
+
+    gpu: str  # host and number: ranks may share one
+    used: int  # of the GPU, by whomever
+    reserved: int  # by this rank's allocator, now
+    peak: int  # the same at its highest
+
+
+def peaks(uses: Sequence[Use]) -> list[int]:
+    """Most bytes that every rank took: its allocator's peak, and its part of what allocators do not know of.
+
+    That part, CUDA's own, is what is used of a GPU beyond the allocators of the ranks on it, divided among them.
+    """
+    found = []
+    for use in uses:
+        together = [one for one in uses if one.gpu == use.gpu]
+        own = max(one.used for one in together) - sum(one.reserved for one in together)
+        found.append(use.peak + max(0, own) // len(together))
+    return found
