@@ -240,7 +240,7 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such job file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise JobError(f"{path}: cannot be read as TOML: {error}") from None
     given = {_apply(table, override): override for override in overrides or []}
     return job_from_table(table, path, given)

@@ -87,6 +87,8 @@ def _find_prompts(origin: Origin) -> Prompts | None:
     """The input that the job names, if it still is the one that the run was started with."""
     try:
         path = Path(json.loads(origin.job)["input"]["file"])
+        if not path.is_file():  # a device or a pipe would be read without end
+            return None
         if origin.sources and schema.file_digest(path) not in origin.sources.values():
             return None
         prompts = read_inputs(path)

@@ -170,7 +170,7 @@ def text_attribute(item: h5py.HLObject, name: str) -> str:
     if is_variable(h5py.h5a.open(item.id, name.encode()).get_type()):
         return ""
     value = item.attrs[name]
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def whole_attribute(item: h5py.HLObject, name: str, most: int = 2**31 - 1) -> int:
@@ -256,6 +256,8 @@ def file_digest(path: Path) -> str:
     Raises:
         DataError: the file cannot be read.
     """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: cannot be read: it is no regular file")
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
