@@ -127,9 +127,7 @@ def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
     Raises:
         DataError: missing, not HDF5, another format or version, or it holds a link or a type that is refused.
     """
-    if path.exists() and not path.is_file():
-        # A pipe would be waited for without end.
-        raise DataError(f"{path}: cannot be opened as HDF5: it is no regular file")
+    refuse_irregular(path)
     try:
         file = h5py.File(path, "r")
     except FileNotFoundError:
@@ -143,6 +141,16 @@ def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
             yield file
         except DAMAGE as error:
             raise DataError(f"{path}: damaged {kind} file: {error}") from error
+
+
+def refuse_irregular(path: Path) -> None:
+    """Refuse a folder, and a pipe or device, which would be waited for or read without end.
+
+    Raises:
+        DataError: naming it.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: cannot be opened as HDF5: it is no regular file")
 
 
 def _check_stamp(file: h5py.File, path: Path, kind: str) -> None:
@@ -256,8 +264,7 @@ def file_digest(path: Path) -> str:
     Raises:
         DataError: the file cannot be read.
     """
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path}: cannot be read: it is no regular file")
+    refuse_irregular(path)
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -83,16 +83,16 @@ def _values(file: h5py.File, name: str, dice: Random) -> str:
     data = file[name][...]
     if not data.size:
         return _shape(file, name, dice)
-    place = dice.randrange(data.size)
+    place: Any = dice.randrange(data.size)
     if data.dtype.kind == "f":
         value: float = dice.choice(FLOATS)
     else:
         limits = np.iinfo(data.dtype)
         value = min(max(dice.choice(NUMBERS), int(limits.min)), int(limits.max))
     if dice.random() < 0.2:
-        data[...] = value
-    else:
-        data.flat[place] = value
+        place = ...
+    with np.errstate(over="ignore"):
+        data.reshape(-1)[place] = value
     _replace(file, name, data)
     return f"{name}[{place}] = {value}"
 
