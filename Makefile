@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo docs site test lint types unit mpi launch cluster slurm clean distclean
+.PHONY: help setup setup-test demo docs site test lint types unit mpi launch cluster slurm fuzz clean distclean
 
 # The Python to build on, and where to.
 PYTHON ?= python3
@@ -141,6 +141,10 @@ cluster: $(ready)-test
 # Apart from `test`: it installs packages of the distribution, and runs as root.
 slurm: $(ready)-test
 	$(call limit,900) $(py) -m pytest -q tests/slurm
+
+# 10 000 damaged files; the unit tests have a few hundred.
+fuzz: $(ready)-test
+	$(call limit,3600) env PYTHONPATH=. $(py) tests/hostile/soak.py --cases 10000
 
 clean:
 	rm -rf build dist out inputs/prompts.h5 .pytest_cache .mypy_cache .ruff_cache .hypothesis
