@@ -47,6 +47,7 @@ help:
 	@echo "make site        build the documentation into build/site; a warning is an error"
 	@echo "make cluster     the tests on four emulated nodes; they need Linux, root and iproute2, elsewhere they are skipped"
 	@echo "make slurm       the tests on a real Slurm, which they install (apt) and start; needs root, else all are skipped"
+	@echo "make fuzz        10 000 damaged files through every reader"
 	@echo "make setup       the environment alone, in VENV=$(VENV); setup-test: with what the tests need"
 	@echo "make clean       remove what runs and tests left; distclean: the environment too"
 	@echo

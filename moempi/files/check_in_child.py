@@ -42,7 +42,8 @@ def check_in_child(paths: Sequence[Path], seconds: int = SECONDS, memory: int = 
     words = [sys.executable, "-m", "moempi.files.check_in_child", str(seconds), str(memory), *map(str, paths)]
     # The child finds the same package, wherever this one was imported from.
     found = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    done = subprocess.run(words, capture_output=True, text=True, errors="replace", env=os.environ | {"PYTHONPATH": found})
+    environ = os.environ | {"PYTHONPATH": found}
+    done = subprocess.run(words, capture_output=True, text=True, errors="replace", env=environ)
     if done.returncode == DataError.exit_code:
         raise DataError(done.stderr.strip())
     if done.returncode:

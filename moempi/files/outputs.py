@@ -89,7 +89,7 @@ def _find_prompts(origin: Origin) -> Prompts | None:
         path = Path(json.loads(origin.job)["input"]["file"])
         if not path.is_file():  # a device or a pipe would be read without end
             return None
-        if origin.sources and schema.file_digest(path) not in origin.sources.values():
+        if schema.file_digest(path) not in origin.sources.values():
             return None
         prompts = read_inputs(path)
     except (DataError, KeyError, TypeError, ValueError):

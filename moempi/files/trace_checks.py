@@ -11,7 +11,6 @@ import h5py
 import numpy as np
 
 from moempi.errors import DataError
-from moempi.files import schema
 from moempi.files.trace_columns import COLUMNS, OWNER, SHAPE, WIDE, ends_of, groups_of, values_of
 from moempi.recorder import LEVELS
 
@@ -60,7 +59,7 @@ def check_tables(file: h5py.File, path: Path, level: str, shape: tuple[int, ...]
         DataError: naming the dataset.
     """
     n_ranks, n_layers, n_experts, top_k = shape
-    expected = {"load": (n_layers, n_experts)}
+    expected: dict[str, tuple[int, ...]] = {"load": (n_layers, n_experts)}
     if "load_by_rank" in file:
         expected["load_by_rank"] = (n_ranks, n_layers, n_experts)
     expected |= {f"{group}/{name}": (n_ranks,) for group in ("ranks", "clocks") for name in _numbers(file, group)}
@@ -77,8 +76,9 @@ def check_tables(file: h5py.File, path: Path, level: str, shape: tuple[int, ...]
 def _numbers(file: h5py.File, group: str) -> list[str]:
     """Names of the columns that are not text, and `rank`, which must be there."""
     names = [*file[group]] if group in file else []
-    text = {name for name in names if f"{name}_offsets" in names} | {name for name in names if name.endswith("_offsets")}
-    return ["rank", *(name for name in names if name not in text)]
+    offsets = {name for name in names if name.endswith("_offsets")}
+    text = {name.removesuffix("_offsets") for name in offsets}
+    return ["rank", *(name for name in names if name not in text | offsets)]
 
 
 def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:

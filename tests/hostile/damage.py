@@ -71,8 +71,7 @@ def _attribute(item: h5py.HLObject, dice: Random) -> str:
     value = dice.choice(
         (None, *NUMBERS, *FLOATS, np.bytes_(b"\xff\xfe"), np.bytes_(b"x" * 60_000), "text", np.zeros(5), np.zeros(0))
     )
-    del_first = name in item.attrs
-    if del_first:
+    if name in item.attrs:
         del item.attrs[name]
     if value is not None:
         item.attrs[name] = value
@@ -202,7 +201,8 @@ def _text(path: Path, dice: Random) -> str:
         lines = text.splitlines()
         number = dice.randrange(len(lines))
         name = lines[number].partition(" = ")[0]
-        value = dice.choice((*map(json.dumps, VALUES), *map(str, NUMBERS), "[" * 5000, "nan", "inf", "1979-05-27", "'\\0'"))
+        others = ("[" * 5000, "nan", "inf", "1979-05-27", "'\\0'")
+        value = dice.choice((*map(json.dumps, VALUES), *map(str, NUMBERS), *others))
         lines[number] = dice.choice((f"{name} = {value}", "", lines[number] * 2, "[x]", f"{name}.x = {value}"))
         text = "\n".join(lines)
     path.write_text(text)

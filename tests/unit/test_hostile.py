@@ -113,7 +113,7 @@ CLAIMS: dict[str, tuple[Callable[[h5py.File], object], str]] = {
         changed(lambda f: zeros(f, 2**40, 1024, compression="gzip").__setitem__(slice(0, 1), 1)),
         "/tokens claims 4398046511104 bytes, but stores",
     ),
-    "a chunk of a gigabyte": (changed(lambda f: zeros(f, 4, 2**28, maxshape=(None,))), "chunks of 1073741824 bytes for"),
+    "a chunk of a gigabyte": (changed(lambda f: zeros(f, 4, 2**28, maxshape=(None,))), "chunks of 1073741824 bytes"),
     "packed twice": (changed(doubly_packed), r"/tokens has the filters \[1, 1\]"),
     "groups without end": (lambda f: f.__setitem__("loop", f["/"]), "/loop is the same object as another"),
     "deep groups": (deep, "lies in more than 16 groups"),
