@@ -60,9 +60,9 @@ class Trace:
         unfinished: whether this is what the parts of a run hold that never merged them.
     """
 
-    def __init__(self, path: Path, open_file: Open, unfinished: bool) -> None:
+    def __init__(self, path: Path, open_file: Open, again: Open, *, unfinished: bool) -> None:
         self.path, self.unfinished = path, unfinished
-        self._open = open_file
+        self._open = again
         with open_file() as file:
             self.level, self.mode = schema.text_attribute(file, "level"), schema.text_attribute(file, "mode")
             if self.level not in LEVELS:
@@ -196,8 +196,9 @@ def load(path: str | Path) -> Trace:
     """
     path = Path(path)
     if path.exists():
-        return Trace(path, partial(schema.open_file, path, "trace"), unfinished=False)
+        open_file = partial(schema.open_file, path, "trace")
+        return Trace(path, open_file, partial(open_file, walked=True), unfinished=False)
     # The parts are merged as they would have been, but into memory.
     merged = h5py.File(io.BytesIO(), "w")
     fill_from_parts(merged, path)
-    return Trace(path, lambda: nullcontext(merged), unfinished=True)
+    return Trace(path, lambda: nullcontext(merged), lambda: nullcontext(merged), unfinished=True)

@@ -10,11 +10,11 @@ from moempi.cli.results import plural
 
 
 @click.command()
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILES...")
 def check(files: tuple[Path, ...]) -> None:
-    """Look through FILE... in a child process with limits of memory and time; ends with 3 at the first bad one.
+    """Look through FILES in a child process with limits of memory and time; ends with 3 at the first bad one.
 
-    FILE is any HDF5 file of this program, or a job file (.toml), which stands for itself and the files it names.
+    A file is any HDF5 file of this program, or a job file (.toml), which stands for itself and the files it names.
 
     \b
     moempi check prompts.h5 model.h5

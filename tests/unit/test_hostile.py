@@ -65,7 +65,7 @@ print(dict(soak.soak(5, 1, soak.Path(sys.argv[1]))))
     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, env=environ, timeout=120)
     assert "'FAILED': 1" in done.stdout and "'DIED': 2" in done.stdout and "'read': 2" in done.stdout, done.stdout
     assert "ZeroDivisionError: a bug" in done.stdout
-    assert "SIGSEGV" in done.stdout and "SIGALRM" in done.stdout
+    assert "SIGSEGV" in done.stdout and "SIGPROF" in done.stdout
     assert len(list(tmp_path.iterdir())) == 2
 
 
