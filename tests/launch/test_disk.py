@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from ranks import Running, run
-from test_run import causes, commits, finished, moempi, wait_for_commit, write_job
+from small_jobs import causes, commits, finished, moempi, wait_for_commit, write_job
 
 
 @pytest.fixture

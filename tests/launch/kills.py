@@ -1,0 +1,186 @@
+"""Kill -9 at any moment of a small job, and what must hold after it.
+
+A trial starts the job of `small_jobs`, kills some of it at a moment that was drawn, looks at every file that is left,
+resumes on another number of ranks, and holds the final file against that of an undisturbed run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+from ranks import Running, alive, mpirun_line, run
+from small_jobs import SEQUENCES, Tokens, commits, finished, moempi, mpirun_of, rank_pids, wait_until, write_job
+
+from moempi.files.check_in_child import walk
+from moempi.files.committed import Committed, committed
+from moempi.files.completions import PARTIAL
+from moempi.files.output_parts import PATTERN, Part, read_parts
+from moempi.files.parts import committed_parts
+from moempi.launch import session_members
+
+COMMIT_EVERY = 0.05  # s
+TIME_LIMIT = 120  # s; for each of the two launches of a trial
+# Who is killed, and how often out of ten; "mpirun": what `moempi run -n` started; "bare mpirun": nobody watches it.
+WHOM = {"a rank": 4, "all ranks": 2, "mpirun": 2, "bare mpirun": 2}
+AT_ANY_TIME = 10  # one kill in so many comes at a moment of the whole launch, with its start and its end
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill: who, and when.
+
+    Attributes:
+        rank: of "a rank"; -1 for the others.
+        after: the kill comes once so many sequences are committed; -1: `seconds` after the launch.
+        seconds: and so much later.
+        resume_ranks: ranks of the run that goes on.
+    """
+
+    number: int
+    ranks: int
+    whom: str
+    rank: int
+    after: int
+    seconds: float
+    resume_ranks: int
+
+
+def draw(number: int, seed: int, launch_seconds: float) -> Kill:
+    """The kill of a number, always the same for a seed.
+
+    Args:
+        launch_seconds: of an undisturbed launch from its start to its end.
+    """
+    dice = random.Random(f"{seed}-{number}")
+    ranks = dice.randint(2, 4)
+    whom = dice.choices([*WHOM], [*WHOM.values()])[0]
+    rank = dice.randrange(ranks) if whom == "a rank" else -1
+    if number % AT_ANY_TIME == 0:
+        after, seconds = -1, dice.uniform(0, launch_seconds)
+    else:
+        after, seconds = dice.randrange(SEQUENCES), dice.uniform(0, 2 * COMMIT_EVERY)
+    return Kill(number, ranks, whom, rank, after, seconds, dice.choice((1, 1, 2, 3)))
+
+
+def prepare(folder: Path) -> Path:
+    """Prompts and a job file of about two seconds of work."""
+    return write_job(folder, commit_every=str(COMMIT_EVERY), longest="160")
+
+
+def trial(kill: Kill, folder: Path, undisturbed: Tokens) -> dict[str, Any]:
+    """Kill, look, resume, compare; returns what was seen.
+
+    Raises:
+        AssertionError: a promise is broken.
+    """
+    job = prepare(folder)
+    output = folder / "out.h5"
+    code, before = _launch_and_kill(kill, job, output)
+    reached = committed(output)
+    files = check_what_is_left(output, before, undisturbed)
+    resumed = run(moempi("run", job, "--resume", *_ranks(kill.resume_ranks)), timeout=TIME_LIMIT)
+    assert resumed.code == 0, resumed.err
+    assert finished(output) == undisturbed, "the resumed run came to something else"
+    walk(output)
+    return asdict(kill) | {"exit_code": code, "state": state(reached), "finished": reached.finished, "files": files}
+
+
+def state(reached: Committed) -> str:
+    """How far a job had come: "none", "some" or "all" of its sequences are committed."""
+    return "none" if not reached.finished else "some" if reached.finished < reached.sequences else "all"
+
+
+def check_what_is_left(output: Path, before: set[str], undisturbed: Tokens) -> int:
+    """After a kill: every file opens, nothing that was committed before is lost, nothing is there twice.
+
+    Args:
+        before: finished sequences that were seen in commits before the kill.
+
+    Returns:
+        How many files were read, to their last number.
+    """
+    # Temporary files (a dot ahead) are what was just being written: nobody reads them.
+    files = [path for path in sorted(output.parent.rglob("*.h5")) if not path.name.startswith(".")]
+    for path in files:
+        walk(path)
+    kept = finished(output) if output.exists() or commits(output.with_name("job.toml")) else {}
+    assert before <= kept.keys(), f"committed and then lost: {sorted(before - kept.keys())}"
+    assert kept.items() <= undisturbed.items(), "a committed sequence is not what an undisturbed run makes of it"
+    twice = [row for row, times in _times_finished(read_parts(output)).items() if times > 1]
+    assert not twice, f"finished twice: rows {twice}"
+    return len(files)
+
+
+def _times_finished(parts: list[Part]) -> Counter[int]:
+    return Counter(int(row) for part in parts for row in part.index[part.finish_reason != PARTIAL])
+
+
+def _ranks(ranks: int) -> tuple[str, ...]:
+    return ("-n", str(ranks)) if ranks > 1 else ()
+
+
+class Watch:
+    """What an output has committed while its run goes on; every part is read once."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._seen: set[Path] = set()
+        self.finished: set[str] = set()
+
+    def look(self) -> int:
+        """Take in new commits; returns how many sequences are finished."""
+        for path in committed_parts(self._output, PATTERN):
+            # The end of a run merges the parts and removes them.
+            with suppress(FileNotFoundError):
+                if path not in self._seen:
+                    self._take_in(path)
+        return len(self.finished)
+
+    def _take_in(self, path: Path) -> None:
+        with h5py.File(path, "r") as file:
+            rows = file["index"][...][file["finish_reason"][...] != PARTIAL]
+        self._seen.add(path)
+        self.finished.update(f"p{row}" for row in rows)
+
+
+def _launch_and_kill(kill: Kill, job: Path, output: Path) -> tuple[int, set[str]]:
+    """Exit code of the launch, and the sequences that were committed just before the kill."""
+    bare = kill.whom == "bare mpirun"
+    words = mpirun_line(kill.ranks, moempi("run", job)) if bare else moempi("run", job, "-n", str(kill.ranks))
+    watch, begin = Watch(output), time.monotonic()
+
+    def due() -> bool:
+        nonlocal begin
+        if watch.look() < kill.after:
+            begin = time.monotonic()
+        return running.process.poll() is not None or time.monotonic() - begin >= kill.seconds
+
+    with Running(words) as running:
+        wait_until(due, "the moment of the kill", TIME_LIMIT)
+        members = _kill(kill, running, bare)
+        code = running.wait(TIME_LIMIT).code
+        wait_until(lambda: not alive(members), "the end of all ranks", 30)
+    return code, watch.finished
+
+
+def _kill(kill: Kill, running: Running, bare: bool) -> list[int]:
+    """Kill who is to be killed, as far as it is there; returns all processes of the launch."""
+    with suppress(ProcessLookupError, FileNotFoundError, IndexError):
+        session = running.process.pid if bare else mpirun_of(running)
+        members = session_members(session)
+        ranks = rank_pids(session)
+        victims = {"a rank": [ranks[kill.rank]] if kill.rank in ranks else [], "all ranks": [*ranks.values()]}
+        for pid in victims.get(kill.whom, [session]):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return members
+    return []
