@@ -20,15 +20,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests" / "launch"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "launch"))
 from kills import draw, prepare, trial
 from ranks import run
 from small_jobs import SEQUENCES, Tokens, finished, moempi
 
 from moempi.files.schema import environment
 
-RESULTS = HERE / "results" / "kill_anywhere.json"
+RESULTS = Path(__file__).parent / "results" / "kill_anywhere.json"
 TRIED_ON = 2  # ranks of the launch whose length the moments are drawn from
 
 

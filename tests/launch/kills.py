@@ -164,23 +164,41 @@ def _launch_and_kill(kill: Kill, job: Path, output: Path) -> tuple[int, set[str]
             begin = time.monotonic()
         return running.process.poll() is not None or time.monotonic() - begin >= kill.seconds
 
+    def over() -> bool:
+        return running.process.poll() is not None
+
     with Running(words) as running:
         wait_until(due, "the moment of the kill", TIME_LIMIT)
-        members = _kill(kill, running, bare)
+        # Early in a launch they are not there yet.
+        wait_until(lambda: over() or bool(_victims(kill, running, bare)), "those to be killed", TIME_LIMIT)
+        members = _members(running, bare)
+        for pid in _victims(kill, running, bare):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         code = running.wait(TIME_LIMIT).code
         wait_until(lambda: not alive(members), "the end of all ranks", 30)
     return code, watch.finished
 
 
-def _kill(kill: Kill, running: Running, bare: bool) -> list[int]:
-    """Kill who is to be killed, as far as it is there; returns all processes of the launch."""
-    with suppress(ProcessLookupError, FileNotFoundError, IndexError):
-        session = running.process.pid if bare else mpirun_of(running)
-        members = session_members(session)
+def _session(running: Running, bare: bool) -> int:
+    """Process id of mpirun, whose session the ranks are in; 0 where it has not started, or has ended."""
+    with suppress(FileNotFoundError, IndexError):
+        return running.process.pid if bare else mpirun_of(running)
+    return 0
+
+
+def _members(running: Running, bare: bool) -> list[int]:
+    session = _session(running, bare)
+    return session_members(session) if session else []
+
+
+def _victims(kill: Kill, running: Running, bare: bool) -> list[int]:
+    """Those of a launch that are to be killed, as far as they are there."""
+    session = _session(running, bare)
+    if not session or kill.whom in ("mpirun", "bare mpirun"):
+        return [session] if session else []
+    with suppress(FileNotFoundError, ProcessLookupError):
         ranks = rank_pids(session)
-        victims = {"a rank": [ranks[kill.rank]] if kill.rank in ranks else [], "all ranks": [*ranks.values()]}
-        for pid in victims.get(kill.whom, [session]):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return members
+        wanted = range(kill.ranks) if kill.whom == "all ranks" else [kill.rank]
+        return [ranks[rank] for rank in wanted if rank in ranks]
     return []
