@@ -4,8 +4,8 @@
     python benchmarks/kill_anywhere.py --at-most 3 --resume  # go on where an interrupted one stopped, with three more
     python benchmarks/kill_anywhere.py --only 17             # one of them again
 
-Nine kills of ten come once a drawn number of sequences is committed, and up to two commits later; one of ten at a
-drawn moment of the whole launch, with its start and its end. After each, `tests/launch/kills.py` looks at what is left.
+Nineteen kills of twenty come once a drawn share of the work is committed, and up to two commits later; one of twenty
+at a drawn moment of the whole launch, with its start and its end. `tests/launch/kills.py` looks at what is left.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "launch"))
-from kills import draw, prepare, trial
+from kills import count_tokens, draw, prepare, trial
 from ranks import run
 from small_jobs import SEQUENCES, Tokens, finished, moempi
 
@@ -43,7 +43,7 @@ def undisturbed(folder: Path) -> tuple[Tokens, float]:
 
 def one(number: int, results: dict[str, Any], whole: Tokens) -> dict[str, Any]:
     """One kill; a broken promise is a part of what came out, and the files stay."""
-    kill = draw(number, results["seed"], results["launch_seconds"])
+    kill = draw(number, results["seed"], count_tokens(whole), results["launch_seconds"])
     folder = Path(tempfile.mkdtemp(prefix=f"kill-{number}-"))
     try:
         found = trial(kill, folder, whole)

@@ -276,6 +276,28 @@ def file_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """While a file is read more than once: it must be the same one, and not written to.
+
+    Raises:
+        DataError: it was replaced or written meanwhile.
+    """
+    refuse_irregular(path)
+    before = _mark(path)
+    yield
+    if _mark(path) != before:
+        raise DataError(f"{path}: was replaced or written while it was read; start again once it stays as it is")
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def builds() -> dict[str, str]:
     """The program and the libraries that it runs on; takes no time to find out."""
     return {

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
 from ranks import Running, alive, mpirun_line, run
-from small_jobs import SEQUENCES, Tokens, commits, finished, moempi, mpirun_of, rank_pids, wait_until, write_job
+from small_jobs import Tokens, commits, finished, moempi, mpirun_of, rank_pids, wait_until, write_job
 
 from moempi.files.check_in_child import walk
 from moempi.files.committed import Committed, committed
@@ -31,7 +32,7 @@ COMMIT_EVERY = 0.05  # s
 TIME_LIMIT = 120  # s; for each of the two launches of a trial
 # Who is killed, and how often out of ten; "mpirun": what `moempi run -n` started; "bare mpirun": nobody watches it.
 WHOM = {"a rank": 4, "all ranks": 2, "mpirun": 2, "bare mpirun": 2}
-AT_ANY_TIME = 10  # one kill in so many comes at a moment of the whole launch, with its start and its end
+AT_ANY_TIME = 20  # one kill in so many comes at a moment of the whole launch, with its start and its end
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Kill:
 
     Attributes:
         rank: of "a rank"; -1 for the others.
-        after: the kill comes once so many sequences are committed; -1: `seconds` after the launch.
-        seconds: and so much later.
+        after: the kill comes once finished sequences of so many new tokens are committed; -1: after the launch.
+        seconds: so much later than that.
         resume_ranks: ranks of the run that goes on.
     """
 
@@ -54,10 +55,11 @@ class Kill:
     resume_ranks: int
 
 
-def draw(number: int, seed: int, launch_seconds: float) -> Kill:
+def draw(number: int, seed: int, tokens: int, launch_seconds: float) -> Kill:
     """The kill of a number, always the same for a seed.
 
     Args:
+        tokens: that the job generates in all.
         launch_seconds: of an undisturbed launch from its start to its end.
     """
     dice = random.Random(f"{seed}-{number}")
@@ -67,7 +69,7 @@ def draw(number: int, seed: int, launch_seconds: float) -> Kill:
     if number % AT_ANY_TIME == 0:
         after, seconds = -1, dice.uniform(0, launch_seconds)
     else:
-        after, seconds = dice.randrange(SEQUENCES), dice.uniform(0, 2 * COMMIT_EVERY)
+        after, seconds = dice.randrange(tokens), dice.uniform(0, 2 * COMMIT_EVERY)
     return Kill(number, ranks, whom, rank, after, seconds, dice.choice((1, 1, 2, 3)))
 
 
@@ -92,6 +94,11 @@ def trial(kill: Kill, folder: Path, undisturbed: Tokens) -> dict[str, Any]:
     assert finished(output) == undisturbed, "the resumed run came to something else"
     walk(output)
     return asdict(kill) | {"exit_code": code, "state": state(reached), "finished": reached.finished, "files": files}
+
+
+def count_tokens(found: Tokens) -> int:
+    """New tokens of all sequences."""
+    return sum(len(tokens) for tokens, _, _ in found.values()) // 4
 
 
 def state(reached: Committed) -> str:
@@ -135,21 +142,24 @@ class Watch:
         self._output = output
         self._seen: set[Path] = set()
         self.finished: set[str] = set()
+        self._tokens = 0
 
     def look(self) -> int:
-        """Take in new commits; returns how many sequences are finished."""
+        """Take in new commits; returns how many new tokens the finished sequences have."""
         for path in committed_parts(self._output, PATTERN):
             # The end of a run merges the parts and removes them.
             with suppress(FileNotFoundError):
                 if path not in self._seen:
                     self._take_in(path)
-        return len(self.finished)
+        return self._tokens
 
     def _take_in(self, path: Path) -> None:
         with h5py.File(path, "r") as file:
-            rows = file["index"][...][file["finish_reason"][...] != PARTIAL]
+            whole = file["finish_reason"][...] != PARTIAL
+            rows, lengths = file["index"][...][whole], np.diff(file["offsets"][...])[whole]
         self._seen.add(path)
         self.finished.update(f"p{row}" for row in rows)
+        self._tokens += int(lengths.sum())
 
 
 def _launch_and_kill(kill: Kill, job: Path, output: Path) -> tuple[int, set[str]]:
