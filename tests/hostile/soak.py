@@ -1,6 +1,7 @@
 """Damaged files of every kind, each through the real readers: a clear error or a result, and nothing else.
 
-    python tests/hostile/soak.py --cases 10000 --seed 7
+    python tests/hostile/soak.py --cases 10000 --seed 7 --json found.json
+    python tests/hostile/soak.py --cases 10000 --seed 7 --json found.json --at-most 2000     # go on where that ended
     python tests/hostile/soak.py --only 1234 --seed 7      # one case again, in this process, with its traceback
 
 A child runs many cases under a limit of memory and a limit of time for each. Where it dies, the case that it was at
@@ -10,6 +11,7 @@ is to blame, its file is kept, and another child goes on with the next one.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import shutil
@@ -26,9 +28,11 @@ import readers
 import samples
 
 from moempi.errors import MoempiError
+from moempi.files.schema import environment
 
 SECONDS = 20  # of a processor, for one case; a sound one takes a second at most
 PATIENCE = 15  # times as long, in all, on a busy machine
+OUTCOMES = ("read", "refused", "FAILED", "DIED")
 MEMORY = 2**30  # bytes that the child may map beyond what it has at its start
 
 
@@ -87,16 +91,16 @@ def run_child(numbers: range, seed: int, sound: Path, folder: Path) -> tuple[lis
     return [(number, *end) for number, end in zip(lines[::2], ends, strict=False)], len(lines) % 2 and status
 
 
-def soak(cases: int, seed: int, keep: Path) -> Counter[str]:
+def soak(cases: range, seed: int, keep: Path) -> Counter[str]:
     """Run the cases; returns how often each outcome came, and prints every one that failed."""
     tally: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         sound, folder = Path(scratch) / "sound", Path(scratch) / "case"
         sound.mkdir()
         samples.make_samples(sound)
-        next_case = 0
-        while next_case < cases:
-            found, status = run_child(range(next_case, min(cases, next_case + 500)), seed, sound, folder)
+        next_case = cases.start
+        while next_case < cases.stop:
+            found, status = run_child(range(next_case, min(cases.stop, next_case + 500)), seed, sound, folder)
             for number, outcome, kind, what, said in found:
                 tally[outcome.strip("'")] += 1
                 if "FAILED" in outcome:
@@ -112,12 +116,22 @@ def soak(cases: int, seed: int, keep: Path) -> Counter[str]:
     return tally
 
 
+def earlier(path: Path | None, seed: int) -> Counter[str]:
+    """Outcomes of the cases that a file has of a seed."""
+    if path is None or not path.exists():
+        return Counter()
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return Counter({one: found[one] for one in OUTCOMES if one in found and found["seed"] == seed})
+
+
 def main() -> int:
     """Run the cases that the command line asks for; 1 where one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=300)
     parser.add_argument("--seed", type=int, default=Random().randrange(10**6))
     parser.add_argument("--only", type=int, help="run this case alone")
+    parser.add_argument("--json", type=Path, help="keep the counts here, and go on with those of the seed")
+    parser.add_argument("--at-most", type=int, default=10**9, help="end after so many")
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "moempi-hostile")
     given = parser.parse_args()
     if given.only is not None:
@@ -127,7 +141,12 @@ def main() -> int:
         print(*run_case(given.only, given.seed, sound, sound.with_name("case")), f"in {sound.parent}", sep="\n")
         return 0
     print(f"seed {given.seed}", flush=True)
-    tally = soak(given.cases, given.seed, given.keep)
+    before = earlier(given.json, given.seed)
+    cases = range(sum(before.values()), min(given.cases, sum(before.values()) + given.at_most))
+    tally = before + soak(cases, given.seed, given.keep)
+    if given.json:
+        kept = {"seed": given.seed, "cases": sum(tally.values()), **tally, **environment()}
+        given.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     print(", ".join(f"{count} {outcome}" for outcome, count in sorted(tally.items())))
     return 1 if tally["FAILED"] or tally["DIED"] else 0
 

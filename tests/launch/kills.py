@@ -73,9 +73,13 @@ def draw(number: int, seed: int, tokens: int, launch_seconds: float) -> Kill:
     return Kill(number, ranks, whom, rank, after, seconds, dice.choice((1, 1, 2, 3)))
 
 
+# The resume goes as fast as it can.
+ALL_AT_ONCE = ("--set", "run.capacity=40")
+
+
 def prepare(folder: Path) -> Path:
-    """Prompts and a job file of about two seconds of work."""
-    return write_job(folder, commit_every=str(COMMIT_EVERY), longest="160")
+    """Prompts and a job file of a second or two of work."""
+    return write_job(folder, commit_every=str(COMMIT_EVERY), longest="90")
 
 
 def trial(kill: Kill, folder: Path, undisturbed: Tokens) -> dict[str, Any]:
@@ -89,7 +93,7 @@ def trial(kill: Kill, folder: Path, undisturbed: Tokens) -> dict[str, Any]:
     code, before = _launch_and_kill(kill, job, output)
     reached = committed(output)
     files = check_what_is_left(output, before, undisturbed)
-    resumed = run(moempi("run", job, "--resume", *_ranks(kill.resume_ranks)), timeout=TIME_LIMIT)
+    resumed = run(moempi("run", job, "--resume", *_ranks(kill.resume_ranks), *ALL_AT_ONCE), timeout=TIME_LIMIT)
     assert resumed.code == 0, resumed.err
     assert finished(output) == undisturbed, "the resumed run came to something else"
     walk(output)

@@ -58,7 +58,7 @@ def counted(numbers, *rest):
     bad.calls += len(found[0]) + bool(found[1])
     return found
 soak.run_child = counted
-print(dict(soak.soak(5, 1, soak.Path(sys.argv[1]))))
+print(dict(soak.soak(range(5), 1, soak.Path(sys.argv[1]))))
 """
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     words = [sys.executable, "-c", code, str(tmp_path)]
