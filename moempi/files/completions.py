@@ -205,7 +205,7 @@ def read_origin(file: h5py.File) -> Origin:
 
 def _json_object(file: h5py.File, name: str) -> dict[str, str]:
     try:
-        found = json.loads(schema.read_text(file, name))
+        found = schema.parse_json(schema.read_text(file, name))
     except ValueError:
         found = None
     if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):

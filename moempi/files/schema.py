@@ -276,6 +276,18 @@ def file_digest(path: Path) -> str:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text of a stranger says.
+
+    Raises:
+        ValueError: it is none, or nested deeper than Python goes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deep") from None
+
+
 @contextmanager
 def unchanged(path: Path) -> Iterator[None]:
     """While a file is read more than once: it must be the same one, and not written to.

@@ -98,7 +98,7 @@ def _open_part(path: Path) -> Iterator[tuple[h5py.File, int]]:
 
 def _about(path: Path) -> dict[str, Any]:
     with _open_part(path) as (file, rank):
-        about = {**json.loads(schema.read_text(file, "about")), "rank": rank}
+        about = {**schema.parse_json(schema.read_text(file, "about")), "rank": rank}
     check_about(about, path)
     return about
 

@@ -53,7 +53,9 @@ def test_an_input_replaced_meanwhile_is_not_mixed_with_the_old_one(tmp_path: Pat
             os.kill(pid, signal.SIGKILL)
         assert running.wait().code == 137
         wait_until(lambda: not alive(members), "the end of all ranks", 20)
-    kept, expected = finished(tmp_path / "out.h5"), finished(whole.with_name("out.h5"))
+    # Without the old input the commits know rows, but no ids.
+    kept = {f"p{row}": values for row, values in finished(tmp_path / "out.h5").items()}
+    expected = finished(whole.with_name("out.h5"))
     assert kept and kept.items() <= expected.items()
     refused = run(moempi("run", job, "-n", "2", "--resume"))
     assert refused.code == 2 and len(causes(refused.err)) == 1 and "  inputs: was " in refused.err, refused.err

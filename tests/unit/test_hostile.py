@@ -23,6 +23,7 @@ from moempi.files.inputs import Prompts, read_inputs, write_inputs
 from moempi.files.output_parts import write_part
 from moempi.files.outputs import Origin, read_outputs
 from moempi.files.parts import make_folder, parts_folder
+from moempi.files.schema import parse_json
 from moempi.job import load_job
 
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,12 @@ print(dict(soak.soak(range(5), 1, soak.Path(sys.argv[1]))))
     assert "ZeroDivisionError: a bug" in done.stdout
     assert "SIGSEGV" in done.stdout and "SIGPROF" in done.stdout
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_json_that_is_nested_without_end_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="nested too deep"):
+        parse_json('{"a": ' * 100_000)
+    assert parse_json(b'{"a": 1}') == {"a": 1}
 
 
 # ---------------------------------------------------------------- what is refused before it is read
