@@ -19,10 +19,9 @@ from typing import Any
 import h5py
 import numpy as np
 from ranks import Running, alive, mpirun_line, run
-from small_jobs import Tokens, commits, finished, moempi, mpirun_of, rank_pids, wait_until, write_job
+from small_jobs import SEQUENCES, Tokens, commits, finished, moempi, mpirun_of, rank_pids, wait_until, write_job
 
 from moempi.files.check_in_child import walk
-from moempi.files.committed import Committed, committed
 from moempi.files.completions import PARTIAL
 from moempi.files.output_parts import PATTERN, Part, read_parts
 from moempi.files.parts import committed_parts
@@ -91,13 +90,12 @@ def trial(kill: Kill, folder: Path, undisturbed: Tokens) -> dict[str, Any]:
     job = prepare(folder)
     output = folder / "out.h5"
     code, before = _launch_and_kill(kill, job, output)
-    reached = committed(output)
     files = check_what_is_left(output, before, undisturbed)
     resumed = run(moempi("run", job, "--resume", *_ranks(kill.resume_ranks), *ALL_AT_ONCE), timeout=TIME_LIMIT)
     assert resumed.code == 0, resumed.err
     assert finished(output) == undisturbed, "the resumed run came to something else"
     walk(output)
-    return asdict(kill) | {"exit_code": code, "state": state(reached), "finished": reached.finished, "files": files}
+    return asdict(kill) | {"exit_code": code, "state": state(before), "finished": len(before), "files": files}
 
 
 def count_tokens(found: Tokens) -> int:
@@ -105,16 +103,16 @@ def count_tokens(found: Tokens) -> int:
     return sum(len(tokens) for tokens, _, _ in found.values()) // 4
 
 
-def state(reached: Committed) -> str:
-    """How far a job had come: "none", "some" or "all" of its sequences are committed."""
-    return "none" if not reached.finished else "some" if reached.finished < reached.sequences else "all"
+def state(then: set[str]) -> str:
+    """How far a job was when the kill came: "none", "some" or "all" of its sequences were committed."""
+    return "none" if not then else "some" if len(then) < SEQUENCES else "all"
 
 
 def check_what_is_left(output: Path, before: set[str], undisturbed: Tokens) -> int:
     """After a kill: every file opens, nothing that was committed before is lost, nothing is there twice.
 
     Args:
-        before: finished sequences that were seen in commits before the kill.
+        before: finished sequences that were committed when the kill came.
 
     Returns:
         How many files were read, to their last number.
@@ -155,6 +153,8 @@ class Watch:
             with suppress(FileNotFoundError):
                 if path not in self._seen:
                     self._take_in(path)
+        if self._output.exists():
+            self.finished.update(f"p{row}" for row in range(SEQUENCES))
         return self._tokens
 
     def _take_in(self, path: Path) -> None:
@@ -167,7 +167,7 @@ class Watch:
 
 
 def _launch_and_kill(kill: Kill, job: Path, output: Path) -> tuple[int, set[str]]:
-    """Exit code of the launch, and the sequences that were committed just before the kill."""
+    """Exit code of the launch, and the sequences that were committed when the kill came."""
     bare = kill.whom == "bare mpirun"
     words = mpirun_line(kill.ranks, moempi("run", job)) if bare else moempi("run", job, "-n", str(kill.ranks))
     watch, begin = Watch(output), time.monotonic()
@@ -189,6 +189,7 @@ def _launch_and_kill(kill: Kill, job: Path, output: Path) -> tuple[int, set[str]
         for pid in _victims(kill, running, bare):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        watch.look()
         code = running.wait(TIME_LIMIT).code
         wait_until(lambda: not alive(members), "the end of all ranks", 30)
     return code, watch.finished
