@@ -50,6 +50,15 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_once_there_is_room(disk:
     assert finished(disk / "out.h5") == finished(tmp_path / "out.h5")
 
 
+def test_a_disk_that_is_full_from_the_start_is_one_message(disk: Path) -> None:
+    job = write_job(disk)
+    fill(disk / "ballast")
+    ended = run(moempi("run", job, "-n", "2"), timeout=60)
+    assert ended.code == 3, ended.err
+    assert len(causes(ended.err)) == 1 and str(disk / "out") in causes(ended.err)[0], ended.err
+    assert "Traceback" not in ended.err and not commits(job)
+
+
 def test_an_output_folder_that_cannot_be_written_is_one_message(disk: Path) -> None:
     job = write_job(disk)
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)

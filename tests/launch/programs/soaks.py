@@ -1,8 +1,7 @@
 """A run that notes what it holds, four times a second: a job file, a folder for the notes, what it leaks.
 
-    nothing    as it is
-    memory     8 KiB with each answer
-    files      an open file with every twentieth answer
+    nothing      as it is
+    everything   8 KiB with each answer, an open file with every twentieth
 """
 
 import json
@@ -49,9 +48,9 @@ def soak(path: str, folder: str, leak: str) -> int:
         def answer(self, arrival: Arrival) -> None:
             super().answer(arrival)
             self.answers += 1
-            if leak == "memory":
+            if leak == "everything":
                 leaked.append(bytearray(os.urandom(8192)))
-            elif leak == "files" and self.answers % 20 == 0:
+            if leak == "everything" and self.answers % 20 == 0:
                 leaked.append(os.open(os.devnull, os.O_RDONLY))
 
     with path_of_notes.open("w") as notes:
