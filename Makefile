@@ -145,7 +145,7 @@ slurm: $(ready)-test
 
 # 10 000 damaged files; the unit tests have a few hundred.
 fuzz: $(ready)-test
-	$(call limit,3600) env PYTHONPATH=. $(py) tests/hostile/soak.py --cases 10000
+	$(call limit,3600) env PYTHONPATH=. $(py) tests/hostile/soak.py --cases 10000 --json benchmarks/results/fuzz.json
 
 clean:
 	rm -rf build dist out inputs/prompts.h5 .pytest_cache .mypy_cache .ruff_cache .hypothesis

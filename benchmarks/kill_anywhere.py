@@ -28,17 +28,20 @@ from small_jobs import SEQUENCES, Tokens, finished, moempi
 from moempi.files.schema import environment
 
 RESULTS = Path(__file__).parent / "results" / "kill_anywhere.json"
+FOLDER = Path(__file__).parents[1] / "build" / "kill_anywhere"
 TRIED_ON = 2  # ranks of the launch whose length the moments are drawn from
 
 
-def undisturbed(folder: Path) -> tuple[Tokens, float]:
-    """What the job comes to when nothing happens to it, and seconds of the launch."""
-    job = prepare(folder)
-    ended = run(moempi("run", job, "-n", str(TRIED_ON)), timeout=300)
-    assert ended.code == 0, ended.err
+def undisturbed(folder: Path, results: dict[str, Any]) -> Tokens:
+    """What the job comes to when nothing happens to it; kept in the folder, its seconds in the results."""
+    if not results["launch_seconds"] or not (folder / "out.h5").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        ended = run(moempi("run", prepare(folder), "-n", str(TRIED_ON), "--overwrite"), timeout=300)
+        assert ended.code == 0, ended.err
+        results["launch_seconds"] = ended.seconds
     found = finished(folder / "out.h5")
     assert len(found) == SEQUENCES
-    return found, ended.seconds
+    return found
 
 
 def one(number: int, results: dict[str, Any], whole: Tokens) -> dict[str, Any]:
@@ -83,12 +86,11 @@ def main() -> int:
     parser.add_argument("--only", type=int, help="this kill alone; its result is printed and not kept")
     parser.add_argument("--at-most", type=int, default=10**6, help="end after so many, to go on with --resume")
     parser.add_argument("--resume", action="store_true", help="go on with what --out has")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for the undisturbed run, which is made once")
     parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args()
     results = begin(given.out, given.seed, given.resume or given.only is not None)
-    with tempfile.TemporaryDirectory() as folder:
-        whole, seconds = undisturbed(Path(folder))
-    results["launch_seconds"] = results["launch_seconds"] or seconds
+    whole = undisturbed(given.folder, results)
     if given.only is not None:
         print(json.dumps(one(given.only, results, whole), indent=1))
         return 0

@@ -62,14 +62,14 @@ def draw(number: int, seed: int, tokens: int, launch_seconds: float) -> Kill:
         launch_seconds: of an undisturbed launch from its start to its end.
     """
     dice = random.Random(f"{seed}-{number}")
-    ranks = dice.randint(2, 4)
+    ranks = dice.choice((2, 2, 2, 3, 4))
     whom = dice.choices([*WHOM], [*WHOM.values()])[0]
     rank = dice.randrange(ranks) if whom == "a rank" else -1
     if number % AT_ANY_TIME == 0:
         after, seconds = -1, dice.uniform(0, launch_seconds)
     else:
         after, seconds = dice.randrange(tokens), dice.uniform(0, 2 * COMMIT_EVERY)
-    return Kill(number, ranks, whom, rank, after, seconds, dice.choice((1, 1, 2, 3)))
+    return Kill(number, ranks, whom, rank, after, seconds, dice.choice((1, 1, 1, 2, 3)))
 
 
 # The resume goes as fast as it can.
