@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +95,12 @@ def main() -> int:
     if given.only is not None:
         print(json.dumps(one(given.only, results, whole), indent=1))
         return 0
-    done = len(results["kills"])
-    for number in range(done, min(given.kills, done + given.at_most)):
-        results["kills"].append(one(number, results, whole))
+    done = {kill["number"] for kill in results["kills"]}
+    for number in sorted({*range(given.kills)} - done)[: given.at_most]:
+        results["kills"] = sorted([*results["kills"], one(number, results, whole)], key=itemgetter("number"))
         results["summary"] = summary(results["kills"])
         given.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        print(json.dumps(results["kills"][-1]), flush=True)
+        print(number, flush=True)
     print(json.dumps(results["summary"], indent=1))
     return 1 if results["summary"]["broken"] else 0
 
