@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-test demo docs site test lint types unit mpi launch cluster slurm clean distclean
+.PHONY: help setup setup-test demo docs site test lint types unit mpi launch cluster slurm fuzz clean distclean
 
 # The Python to build on, and where to.
 PYTHON ?= python3
@@ -47,6 +47,7 @@ help:
 	@echo "make site        build the documentation into build/site; a warning is an error"
 	@echo "make cluster     the tests on four emulated nodes; they need Linux, root and iproute2, elsewhere they are skipped"
 	@echo "make slurm       the tests on a real Slurm, which they install (apt) and start; needs root, else all are skipped"
+	@echo "make fuzz        10 000 damaged files through every reader"
 	@echo "make setup       the environment alone, in VENV=$(VENV); setup-test: with what the tests need"
 	@echo "make clean       remove what runs and tests left; distclean: the environment too"
 	@echo
@@ -141,6 +142,10 @@ cluster: $(ready)-test
 # Apart from `test`: it installs packages of the distribution, and runs as root.
 slurm: $(ready)-test
 	$(call limit,900) $(py) -m pytest -q tests/slurm
+
+# 10 000 damaged files; the unit tests have a few hundred.
+fuzz: $(ready)-test
+	$(call limit,3600) env PYTHONPATH=. $(py) tests/hostile/soak.py --cases 10000 --json benchmarks/results/fuzz.json
 
 clean:
 	rm -rf build dist out inputs/prompts.h5 .pytest_cache .mypy_cache .ruff_cache .hypothesis

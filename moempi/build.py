@@ -60,6 +60,7 @@ def build_rank(
     config, layout, world = shape.config, shape.layout, topology.world
     tables = layer_tables(layout.placement)
     with open_weights(job.model.weights) as weights:
+        weights.expect(shape.model)
         experts = load_slots(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
         network = Network(config, device, weights.tensor, shape.dtype)
     kv_tokens = layout.kv_tokens if world.rank in layout.homes else 0

@@ -52,6 +52,7 @@ def build_rank(
     kv_tokens = layout.kv_tokens if world.rank in layout.homes else 0
     memory = message_memory(shape, device, home=world.rank in layout.homes)
     with open_weights(job.model.weights) as weights:
+        weights.expect(shape.model)
         layers = load_layers(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
         network = Network(config, device, weights.tensor, shape.dtype)
     cache = KVCache(config.n_layers, config.n_kv_heads, config.head_dim, kv_tokens, shape.dtype, device.device)

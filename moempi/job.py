@@ -229,6 +229,11 @@ class Job(Section):
         """Where the trace goes: `trace.file`, or the output's name ending in .trace.h5."""
         return self.trace.file or self.output.file.with_suffix(".trace.h5")
 
+    def files_to_read(self) -> list[Path]:
+        """The files that a run of the job reads, of those that are there; commits and traces in parts are not."""
+        named = (self.model.weights, self.input.file, self.placement.file, self.placement.load, self.exchange.links)
+        return [path for path in named if path is not None and path.is_file()]
+
 
 def load_job(path: Path, overrides: list[str] | None = None) -> Job:
     """Read and check a job file.
@@ -245,7 +250,7 @@ def load_job(path: Path, overrides: list[str] | None = None) -> Job:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise JobError(f"{path}: there is no such job file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise JobError(f"{path}: cannot be read as TOML: {error}") from None
     given = {_apply(table, override): override for override in overrides or []}
     return job_from_table(table, path, given)

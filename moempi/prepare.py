@@ -19,7 +19,7 @@ from moempi.exchange.nodes import Nodes
 from moempi.files.inputs import Prompts, check_prompts, read_inputs
 from moempi.files.links import read_links
 from moempi.files.output_writer import OutputWriter
-from moempi.files.schema import environment, file_digest
+from moempi.files.schema import environment, file_digest, unchanged
 from moempi.files.shards import identity_of, read_stamp
 from moempi.files.weights import open_weights
 from moempi.job import Job
@@ -48,6 +48,7 @@ class Shape:
     config: ModelConfig
     layout: Layout
     eos_tokens: tuple[int, ...]  # that end a sequence; empty where the job ignores them
+    model: str  # digest of the weights
 
     @property
     def dtype(self) -> torch.dtype:
@@ -62,7 +63,6 @@ class Found:
     shape: Shape
     prompts: Prompts
     new_tokens: list[int]  # most new tokens of every sequence
-    model: str  # digest of the weights
     sources: dict[str, str]  # {name: SHA-256}
 
 
@@ -85,7 +85,8 @@ def look(job: Job, n_ranks: int, nodes: Nodes | None = None, *, verify: bool = F
             weights.verify()
     if job.model.leaves > config.expert_hidden:
         raise JobError(f"model.leaves = {job.model.leaves}, but an expert's hidden size is {config.expert_hidden}")
-    prompts = read_inputs(job.input.file)
+    with unchanged(job.input.file):
+        prompts, inputs = read_inputs(job.input.file), file_digest(job.input.file)
     check_prompts(prompts, job.input.file, config, job.generate.max_new_tokens)
     new_tokens = [int(own) or job.generate.max_new_tokens for own in prompts.max_new_tokens]
     positions = [len(t) + new - 1 for t, new in zip(prompts.tokens, new_tokens, strict=True)]
@@ -95,8 +96,8 @@ def look(job: Job, n_ranks: int, nodes: Nodes | None = None, *, verify: bool = F
         job, config, dtype, n_ranks, positions, load, new_tokens=new_tokens, nodes=nodes, links=links,
         device=device_kind(job), gpu_bytes=_gpu_bytes(job, n_ranks, nodes),
     )
-    sources = {"weights": model, "inputs": file_digest(job.input.file)}
-    return Found(Shape(config, layout, eos_tokens), prompts, new_tokens, model, sources)
+    sources = {"weights": model, "inputs": inputs}
+    return Found(Shape(config, layout, eos_tokens, model), prompts, new_tokens, sources)
 
 
 def _check_there(job: Job) -> None:
@@ -260,7 +261,7 @@ def _identity(job: Job, found: Found, device: Device) -> dict[str, str]:
     """What a resume may not change, because the bits of the result depend on it."""
     built = environment()
     return {
-        "weights": found.model,
+        "weights": found.shape.model,
         "inputs": found.sources["inputs"],
         "generate.max_new_tokens": str(job.generate.max_new_tokens),
         "generate.stop_at_eos": str(job.generate.stop_at_eos),

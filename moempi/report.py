@@ -140,6 +140,7 @@ def nothing_to_do(job: Job, found: Found | None) -> Outcome:
 def write_output(job: Job, found: Found, writer: OutputWriter, outcome: Outcome) -> None:
     """Merge the commits into the final file, with text where the weights have a tokenizer. Rank 0."""
     with open_weights(job.model.weights) as weights:
+        weights.expect(found.shape.model)
         tokenizer = weights.tokenizer()
     meta: dict[str, Any] = {"mode": outcome.mode, **outcome.as_dict()}
     if tokenizer is not None:

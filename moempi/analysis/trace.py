@@ -16,17 +16,19 @@ import numpy as np
 from moempi.errors import DataError
 from moempi.files import schema
 from moempi.files.trace import fill_from_parts
-from moempi.files.trace_columns import LEGENDS, SHAPE, groups_of
+from moempi.files.trace_checks import check_column, check_load, check_tables, checked_shape
+from moempi.files.trace_columns import LEGENDS, groups_of
 from moempi.recorder import LEVELS
 
 Open = Callable[[], AbstractContextManager[h5py.File]]
+Check = Callable[[str, str, np.ndarray], None]
 
 
 class Columns(Mapping[str, np.ndarray]):
     """The columns of one group of the trace, all of the same length; each is read once, when it is asked for."""
 
-    def __init__(self, open_file: Open, group: str) -> None:
-        self._open, self._group = open_file, group
+    def __init__(self, open_file: Open, group: str, check: Check) -> None:
+        self._open, self._group, self._check = open_file, group, check
         self._read: dict[str, np.ndarray] = {}
         with open_file() as file:
             self._names = tuple(file[group])
@@ -36,7 +38,9 @@ class Columns(Mapping[str, np.ndarray]):
             raise KeyError(f"/{self._group} has no column {name!r}; it has {', '.join(self._names)}")
         if name not in self._read:
             with self._open() as file:
-                self._read[name] = file[self._group][name][...]
+                data = file[self._group][name][...]
+            self._check(self._group, name, data)
+            self._read[name] = data
         return self._read[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -56,15 +60,18 @@ class Trace:
         unfinished: whether this is what the parts of a run hold that never merged them.
     """
 
-    def __init__(self, path: Path, open_file: Open, unfinished: bool) -> None:
+    def __init__(self, path: Path, open_file: Open, again: Open, *, unfinished: bool) -> None:
         self.path, self.unfinished = path, unfinished
-        self._open = open_file
+        self._open = again
         with open_file() as file:
             self.level, self.mode = schema.text_attribute(file, "level"), schema.text_attribute(file, "mode")
             if self.level not in LEVELS:
                 raise DataError(f"{path}: level is {self.level!r}; expected one of {', '.join(LEVELS)}")
-            self.n_ranks, self.n_layers, self.n_experts, self.top_k = (int(file.attrs[name]) for name in SHAPE)
+            shape = checked_shape(file.attrs, path)
+            check_tables(file, path, self.level, shape)
             _check_words(path, file)
+        self.n_ranks, self.n_layers, self.n_experts, self.top_k = shape
+        self._check = partial(check_column, shape=shape, path=path)
 
     @cached_property
     def wall(self) -> Columns:
@@ -109,18 +116,19 @@ class Trace:
     @cached_property
     def clocks(self) -> Columns:
         """offset, drift and error of every rank's clock; ns, ns per ns, ns."""
-        return Columns(self._open, "clocks")
+        return Columns(self._open, "clocks", self._check)
 
     @cached_property
     def load(self) -> np.ndarray:
         """Tokens per layer and expert, int64 [L, E]; a token counts once for each of its K experts."""
-        return self._array("load")
+        with self._open() as file:
+            return check_load(file["load"][...], self.path)
 
     @cached_property
     def load_by_rank(self) -> np.ndarray | None:
         """The same by the rank of the gate, int64 [N, L, E]; None where that was too large to be kept."""
         with self._open() as file:
-            return file["load_by_rank"][...] if "load_by_rank" in file else None
+            return check_load(file["load_by_rank"][...], self.path) if "load_by_rank" in file else None
 
     @cached_property
     def ranks(self) -> list[dict[str, Any]]:
@@ -129,6 +137,9 @@ class Trace:
             group = file["ranks"]
             names = [name for name in group if not name.endswith("_offsets")]
             columns = {name: _column(group, name) for name in names}
+        for name, column in columns.items():
+            if len(column) != self.n_ranks:
+                raise DataError(f"{self.path}: /ranks/{name} has {len(column)} entries; expected {self.n_ranks}")
         return [{name: column[rank] for name, column in columns.items()} for rank in range(self.n_ranks)]
 
     @cached_property
@@ -146,18 +157,14 @@ class Trace:
             raise DataError(
                 f"{self.path}: recorded with trace.level = {self.level!r}, which has no {group}; they need {level!r}"
             )
-        return Columns(self._open, group)
-
-    def _array(self, name: str) -> np.ndarray:
-        with self._open() as file:
-            return np.asarray(file[name][...])
+        return Columns(self._open, group, self._check)
 
     def _json(self, name: str) -> dict[str, Any]:
         with self._open() as file:
             text = schema.read_text(file, name) if name in file else ""
         try:
             found = json.loads(text or "{}")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: /{name} is not JSON: {error}") from None
         return found if isinstance(found, dict) else {}
 
@@ -189,8 +196,9 @@ def load(path: str | Path) -> Trace:
     """
     path = Path(path)
     if path.exists():
-        return Trace(path, partial(schema.open_file, path, "trace"), unfinished=False)
+        open_file = partial(schema.open_file, path, "trace")
+        return Trace(path, open_file, partial(open_file, walked=True), unfinished=False)
     # The parts are merged as they would have been, but into memory.
     merged = h5py.File(io.BytesIO(), "w")
     fill_from_parts(merged, path)
-    return Trace(path, lambda: nullcontext(merged), unfinished=True)
+    return Trace(path, lambda: nullcontext(merged), lambda: nullcontext(merged), unfinished=True)

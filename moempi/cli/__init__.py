@@ -21,6 +21,7 @@ VERBS = {
     "inputs": "Make, cut and describe files of prompts.",
     "outputs": "Show, compare and merge files of completions.",
     "trace": "Say and draw where every token and every microsecond went.",
+    "check": "Look through files of strangers where a crash does no harm.",
     "bench": "Measure links, layers and whole jobs on a machine.",
 }
 

@@ -213,10 +213,13 @@ def _decoder_of_unfinished(file: Path) -> Decode | None:
 
 def _decoder(origin: Origin) -> Callable[[list[int]], str] | None:
     from moempi.errors import DataError
+    from moempi.files.schema import parse_json
     from moempi.files.weights import open_weights
 
     try:
-        with open_weights(Path(json.loads(origin.job)["model"]["weights"])) as weights:
+        with open_weights(Path(parse_json(origin.job)["model"]["weights"])) as weights:
+            if weights.digest() not in origin.sources.values():
+                return None
             tokenizer = weights.tokenizer()
     except (DataError, KeyError, TypeError, ValueError):
         return None

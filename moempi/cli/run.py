@@ -81,6 +81,8 @@ def run(
         raise JobError(f"-n {ranks} starts mpirun, but this is one of {mpi.launched_size()} ranks already: omit -n")
     if requeue and ranks is None:
         raise JobError("--requeue is for the one process of a batch script that starts the ranks: give -n")
+    if mpi.launched_size() == 1:
+        _look_through(checked)
     if ranks is not None:
         given = {**{f"--{name}": on for name, on in how.items()}, "--json": as_json, "--quiet": quiet}
         words = ["run", str(job), *(part for override in overrides for part in ("--set", override))]
@@ -98,6 +100,13 @@ class Shown:
     as_json: bool
     quiet: bool
     log_dir: Path | None
+
+
+def _look_through(job: Job) -> None:
+    """Let a child process walk the files that a job names, while there are no ranks yet that a crash could hurt."""
+    from moempi.files.check_in_child import check_in_child
+
+    check_in_child(job.files_to_read())
 
 
 def _launch(arguments: list[str], ranks: int, job: Job, mpirun: str | None, what: str, *, requeue: bool) -> int:

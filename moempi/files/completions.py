@@ -23,6 +23,9 @@ from moempi.files.parts import Column, Offsets, TextColumn
 
 FINISH_REASONS = ("length", "eos", "partial")
 PARTIAL = FINISH_REASONS.index("partial")
+# Of one run, which holds all its prompts in memory. Only a limit makes a part's word for it harmless: the tables
+# of a resume are as long.
+MOST_SEQUENCES = 2**24
 
 
 @dataclass(frozen=True)
@@ -196,16 +199,17 @@ def read_final(path: Path, begin: int = 0, end: int | None = None) -> Outputs:
 def read_origin(file: h5py.File) -> Origin:
     """Job, identity, sources and number of sequences of an outputs file or a part of one."""
     job = schema.read_text(file, "job") if "job" in file else ""
-    return Origin(job, _json_object(file, "identity"), _json_object(file, "sources"), int(file.attrs["n_sequences"]))
+    n = schema.whole_attribute(file, "n_sequences", MOST_SEQUENCES)
+    return Origin(job, _json_object(file, "identity"), _json_object(file, "sources"), n)
 
 
 def _json_object(file: h5py.File, name: str) -> dict[str, str]:
     try:
-        found = json.loads(schema.read_text(file, name))
+        found = schema.parse_json(schema.read_text(file, name))
     except ValueError:
         found = None
-    if not isinstance(found, dict):
-        raise DataError(f"{file.filename}: /{name} is not a JSON object")
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise DataError(f"{file.filename}: /{name} is not a JSON object of texts")
     return found
 
 

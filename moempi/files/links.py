@@ -99,7 +99,7 @@ def _column(file: h5py.File, name: str, kinds: str, path: Path) -> np.ndarray:
     dataset = file.get(name)
     if not isinstance(dataset, h5py.Dataset):
         raise DataError(f"{path}: there is no dataset /{name}")
-    if dataset.dtype.kind not in kinds or dataset.size > _MOST:
+    if dataset.dtype.kind not in kinds or dataset.ndim != (2 if name == "time" else 1) or dataset.size > _MOST:
         expected = "whole numbers" if kinds == "iu" else "floating-point numbers"
         raise DataError(f"{path}: /{name} is {dataset.dtype} of shape {dataset.shape}; expected {expected}")
     return np.asarray(dataset[...])

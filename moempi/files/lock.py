@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moempi.errors import DataError, JobError
+from moempi.files import schema
 
 HEARTBEAT = 5.0  # s between two refreshes
 STALE = 30.0  # s without a refresh after which a lock is taken over
@@ -125,7 +126,7 @@ def outwait(output: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        held = json.loads(path.read_bytes())
+        held = schema.parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return held if isinstance(held, dict) else {}

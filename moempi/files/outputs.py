@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -86,8 +85,10 @@ def _unfinished(path: Path, decode: Decode | None) -> Shard:
 def _find_prompts(origin: Origin) -> Prompts | None:
     """The input that the job names, if it still is the one that the run was started with."""
     try:
-        path = Path(json.loads(origin.job)["input"]["file"])
-        if origin.sources and schema.file_digest(path) not in origin.sources.values():
+        path = Path(schema.parse_json(origin.job)["input"]["file"])
+        if not path.is_file():  # a device or a pipe would be read without end
+            return None
+        if schema.file_digest(path) not in origin.sources.values():
             return None
         prompts = read_inputs(path)
     except (DataError, KeyError, TypeError, ValueError):

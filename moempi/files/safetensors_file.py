@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moempi.errors import DataError
+from moempi.files import schema
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -49,7 +50,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             pass
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
+            header = schema.parse_json(stream.read(length))
     except (SafetensorError, OSError, ValueError, struct.error) as error:
         raise DataError(f"{path}: cannot be read as safetensors: {error}") from None
     header.pop("__metadata__", None)

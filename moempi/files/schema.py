@@ -26,6 +26,7 @@ import numpy as np
 
 import moempi
 from moempi.errors import DataError
+from moempi.files.safe import check_safe, is_variable
 from moempi.files.sink import Sink
 
 VERSIONS = {
@@ -43,6 +44,8 @@ COMPUTED = ("outputs", "trace")  # files whose numbers depend on the processor
 LIBVER = ("earliest", "v110")
 COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 CHUNK = 65536
+# What h5py and numpy raise for an object of another kind, type or shape than was asked for.
+DAMAGE = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
 
 def _bfloat16_type() -> h5py.h5t.TypeID:
@@ -118,12 +121,16 @@ def _stamp(file: h5py.File, kind: str, sources: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
+def open_file(path: Path, kind: str, *, walked: bool = False) -> Iterator[h5py.File]:
     """Open a file of `kind` for reading; every HDF5 error inside the block becomes a DataError that names it.
+
+    Args:
+        walked: its objects were looked at already, when it was opened before.
 
     Raises:
         DataError: missing, not HDF5, another format or version, or it holds a link or a type that is refused.
     """
+    refuse_irregular(path)
     try:
         file = h5py.File(path, "r")
     except FileNotFoundError:
@@ -133,10 +140,21 @@ def open_file(path: Path, kind: str) -> Iterator[h5py.File]:
     with file:
         try:
             _check_stamp(file, path, kind)
-            check_safe(file, path)
+            if not walked:
+                check_safe(file, path)
             yield file
-        except (OSError, RuntimeError, KeyError, UnicodeDecodeError) as error:
+        except DAMAGE as error:
             raise DataError(f"{path}: damaged {kind} file: {error}") from error
+
+
+def refuse_irregular(path: Path) -> None:
+    """Refuse a folder, and a pipe or device, which would be waited for or read without end.
+
+    Raises:
+        DataError: naming it.
+    """
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path}: cannot be opened as HDF5: it is no regular file")
 
 
 def _check_stamp(file: h5py.File, path: Path, kind: str) -> None:
@@ -144,46 +162,8 @@ def _check_stamp(file: h5py.File, path: Path, kind: str) -> None:
     if found != f"moempi-{kind}":
         raise DataError(f"{path}: format is {found or 'not given'!r}; expected 'moempi-{kind}'")
     version = file.attrs.get("version")
-    if version is None or int(version) != VERSIONS[kind]:
+    if not isinstance(version, np.integer) or version != VERSIONS[kind]:
         raise DataError(f"{path}: version {version} of moempi-{kind}; this program reads version {VERSIONS[kind]}")
-
-
-def check_safe(group: h5py.Group, path: Path) -> None:
-    """Refuse links that leave the file, variable-length types, and attributes of such types.
-
-    Raises:
-        DataError: naming the object.
-    """
-    _check_attributes(group, path)
-    for name in group:
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise DataError(f"{path}: {group.name}/{name} is a link; links are not followed")
-        item = group[name]
-        if isinstance(item, h5py.Group):
-            check_safe(item, path)
-        elif isinstance(item, h5py.Dataset):
-            _check_dataset(item, path)
-
-
-def _check_dataset(item: h5py.Dataset, path: Path) -> None:
-    if _is_variable(item.id.get_type()):
-        raise DataError(f"{path}: {item.name} has a variable-length type, which is refused")
-    if item.external or item.is_virtual:
-        raise DataError(f"{path}: {item.name} keeps its data in another file, which is refused")
-    _check_attributes(item, path)
-
-
-def _check_attributes(item: h5py.HLObject, path: Path) -> None:
-    for index in range(h5py.h5a.get_num_attrs(item.id)):
-        attribute = h5py.h5a.open(item.id, index=index)
-        if _is_variable(attribute.get_type()):
-            raise DataError(f"{path}: attribute {attribute.name.decode()} of {item.name} has a variable-length type")
-
-
-def _is_variable(kind: h5py.h5t.TypeID) -> bool:
-    if isinstance(kind, h5py.h5t.TypeStringID):
-        return bool(kind.is_variable_str())
-    return kind.get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM)
 
 
 # ---------------------------------------------------------------- text
@@ -199,10 +179,24 @@ def text_attribute(item: h5py.HLObject, name: str) -> str:
     """The text of an attribute, or "" where there is none (or not of a fixed length)."""
     if name.encode() not in [h5py.h5a.open(item.id, index=i).name for i in range(h5py.h5a.get_num_attrs(item.id))]:
         return ""
-    if _is_variable(h5py.h5a.open(item.id, name.encode()).get_type()):
+    if is_variable(h5py.h5a.open(item.id, name.encode()).get_type()):
         return ""
     value = item.attrs[name]
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def whole_attribute(item: h5py.HLObject, name: str, most: int = 2**31 - 1) -> int:
+    """The whole number 0 to `most` of an attribute.
+
+    Raises:
+        DataError: there is none, or it is something else.
+    """
+    value = item.attrs.get(name)
+    if not isinstance(value, np.integer) or not 0 <= value <= most:
+        raise DataError(
+            f"{item.file.filename}: attribute {name} of {item.name} is {value!r}; expected a whole number up to {most}"
+        )
+    return int(value)
 
 
 def write_text(group: h5py.Group, name: str, text: str) -> None:
@@ -274,11 +268,46 @@ def file_digest(path: Path) -> str:
     Raises:
         DataError: the file cannot be read.
     """
+    refuse_irregular(path)
     try:
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text of a stranger says.
+
+    Raises:
+        ValueError: it is none, or nested deeper than Python goes.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deep") from None
+
+
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """While a file is read more than once: it must be the same one, and not written to.
+
+    Raises:
+        DataError: it was replaced or written meanwhile.
+    """
+    refuse_irregular(path)
+    before = _mark(path)
+    yield
+    if _mark(path) != before:
+        raise DataError(f"{path}: was replaced or written while it was read; start again once it stays as it is")
+
+
+def _mark(path: Path) -> tuple[int, ...]:
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def builds() -> dict[str, str]:

@@ -115,7 +115,7 @@ def read_stamp(path: Path) -> Stamp | None:
             return None
         text = schema.read_text(file, "shard")
     try:
-        stamp = Stamp(**json.loads(text))
+        stamp = Stamp(**schema.parse_json(text))
         numbers = (stamp.shard, stamp.of, stamp.first, stamp.sequences)
         whole = all(type(one) is int and one >= 0 for one in numbers)
         if not whole or stamp.shard >= stamp.of or not isinstance(stamp.whole, str):

@@ -30,6 +30,7 @@ import numpy as np
 from moempi.errors import DataError, JobError
 from moempi.files import schema
 from moempi.files.parts import Column, committed_parts, make_folder, parts_folder, remove_parts
+from moempi.files.trace_checks import check_about
 from moempi.files.trace_columns import COLUMNS, LEGENDS, SHAPE, WIDE, groups_of
 from moempi.files.trace_counters import Counters, Load, Wall
 
@@ -90,14 +91,16 @@ def write_part(path: Path, rank: int, number: int, arrays: Mapping[str, np.ndarr
 def _open_part(path: Path) -> Iterator[tuple[h5py.File, int]]:
     try:
         with schema.open_file(path, "trace-part") as file:
-            yield file, int(file.attrs["rank"])
+            yield file, schema.whole_attribute(file, "rank")
     except (ValueError, IndexError, TypeError) as error:
         raise DataError(f"{path}: damaged part of a trace: {error}") from error
 
 
 def _about(path: Path) -> dict[str, Any]:
     with _open_part(path) as (file, rank):
-        return {**json.loads(schema.read_text(file, "about")), "rank": rank}
+        about = {**schema.parse_json(schema.read_text(file, "about")), "rank": rank}
+    check_about(about, path)
+    return about
 
 
 def _rank_of(path: Path) -> int:

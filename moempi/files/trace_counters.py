@@ -72,10 +72,20 @@ class Wall:
         self._time = 0
 
     def add(self, part: h5py.File) -> None:
-        """Go on with the next part."""
-        self._begin += part["wall/begin"][...].tolist()
-        self._end += part["wall/end"][...].tolist()
-        self._time += int(part["wall/time"][...].sum())
+        """Go on with the next part.
+
+        Raises:
+            ValueError: its times are no whole numbers, or more than one of each.
+        """
+        columns = [part[f"wall/{name}"][...] for name in ("begin", "end", "time")]
+        shapes, kinds = {column.shape for column in columns}, {column.dtype.kind for column in columns}
+        if shapes not in ({(0,)}, {(1,)}) or not kinds <= {"i", "u"}:
+            found = ", ".join(f"{column.dtype} {list(column.shape)}" for column in columns)
+            raise ValueError(f"/wall has {found}; expected whole numbers, at most one of each")
+        begin, end, time = columns
+        self._begin += begin.tolist()
+        self._end += end.tolist()
+        self._time += int(time.sum())
 
     def times(self) -> np.ndarray:
         """int64 [0 or 1, 3]: begin and end on the rank's clock, time between them; nothing if it never began."""

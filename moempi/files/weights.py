@@ -152,6 +152,19 @@ class Weights:
             digest.update(f"{name} {self._stored_digest(f'model/{name}')}\n".encode())
         return digest.hexdigest()
 
+    def expect(self, digest: str) -> None:
+        """Refuse another file than the one whose `digest` was taken before, at the same place.
+
+        Raises:
+            DataError: it was replaced meanwhile.
+        """
+        found = self.digest()
+        if found != digest:
+            raise DataError(
+                f"{self.path}: was replaced while the job was running: its digest was {digest[:12]}, is now "
+                f"{found[:12]}; put the file back that the job began with, and go on with --resume"
+            )
+
     def verify(self) -> None:
         """Read every dataset and compare its SHA-256 with the stored one.
 

@@ -180,7 +180,7 @@ def parse_config(text: str | bytes, where: str) -> ModelConfig:
     raw = json_object(text, where)
     try:
         return config_from_hf(raw, where)
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise DataError(f"{where}: a key has a value of another type than expected: {error}") from None
 
 
@@ -195,6 +195,6 @@ def parse_generation_config(text: str | bytes, where: str) -> tuple[int, ...] | 
         return None
     try:
         return eos_tokens(raw)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = raw["eos_token_id"]
         raise DataError(f"{where}: eos_token_id = {found!r}; expected a token or a list of them") from None

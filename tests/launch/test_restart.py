@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from ranks import Running, alive, run
-from test_run import SEQUENCES, Tokens, commits, finished, moempi, mpirun_of, wait_for_commit, wait_until, write_job
+from small_jobs import SEQUENCES, Tokens, commits, finished, moempi, mpirun_of, wait_for_commit, wait_until, write_job
 
 from moempi.files.committed import committed
 from moempi.launch import session_members

@@ -11,16 +11,26 @@ import os
 import random
 import re
 import signal
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ranks import Ended, Running, alive, mpirun_line, program, run
+from small_jobs import (
+    SEQUENCES,
+    Tokens,
+    causes,
+    commits,
+    finished,
+    moempi,
+    mpirun_of,
+    rank_pids,
+    wait_for_commit,
+    wait_until,
+    write_job,
+)
 
-from moempi.files.completions import FINISH_REASONS
 from moempi.files.init_weights import init_weights
 from moempi.files.inputs import Prompts, write_inputs
 from moempi.files.outputs import read_outputs
@@ -29,8 +39,6 @@ from moempi.launch import session_members
 from moempi.planning.placement import Placement
 
 SEED = int(os.environ.get("MOEMPI_TEST_SEED", random.SystemRandom().randrange(10**6)))
-SEQUENCES = 40
-TINYMOE = Path(__file__).parents[2] / "inputs" / "tinymoe.h5"
 PROMISE = 5.0  # seconds from the error to the end of all ranks
 
 TWO_EXPERTS = {
@@ -53,44 +61,6 @@ TWO_EXPERTS = {
     "eos_token_id": 0,
 }
 
-Tokens = dict[str, tuple[bytes, bytes, str]]  # (tokens, logprobs, finish reason) of each sequence
-
-
-def write_job(folder: Path, **changes: str) -> Path:
-    """Prompts and a job file; commits come several times a second."""
-    chance = np.random.default_rng(20)
-    tokens = [chance.integers(5, 500, n, dtype=np.int32) for n in chance.integers(1, 40, SEQUENCES)]
-    new = chance.integers(4, 400, SEQUENCES, dtype=np.int32)  # some seconds of work, with commits all along
-    write_inputs(folder / "prompts.h5", Prompts([f"p{i}" for i in range(SEQUENCES)], tokens, None, new), {})
-    options = {"stall_timeout": "60.0", "microbatches": "1", **changes}
-    (folder / "job.toml").write_text(
-        f"""
-        model.weights = "{TINYMOE}"
-        input.file = "prompts.h5"
-        output = {{ file = "out.h5", commit_every = 0.2 }}
-        generate.stop_at_eos = false
-        run = {{ capacity = 3, threads = 1, microbatches = {options["microbatches"]} }}
-        engine.stall_timeout = {options["stall_timeout"]}
-        """
-    )
-    return folder / "job.toml"
-
-
-def moempi(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "moempi", *map(str, arguments)]
-
-
-def finished(path: Path) -> Tokens:
-    """Every finished sequence of an output or of its commits."""
-    out = read_outputs(path)
-    reasons = [FINISH_REASONS[reason] for reason in out.finish_reason]
-    return {
-        out.ids[row]: (out.tokens[begin:end].tobytes(), out.logprobs[begin:end].tobytes(), reason)
-        for row, (begin, end, reason) in enumerate(zip(out.offsets[:-1], out.offsets[1:], reasons, strict=True))
-        if reason != "partial"
-    }
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
     """What the job comes to on one rank, without mpirun."""
@@ -106,46 +76,6 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
 @pytest.fixture
 def job(tmp_path: Path) -> Path:
     return write_job(tmp_path)
-
-
-def wait_until(condition: Callable[[], bool], what: str, timeout: float = 60) -> None:
-    end = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < end, f"{what}: not within {timeout} s"
-        time.sleep(0.02)
-
-
-def commits(job: Path) -> int:
-    return len(list((job.parent / "out.h5.parts").glob("part-*.h5")))
-
-
-def wait_for_commit(running: Running, job: Path, more_than: int = 0) -> None:
-    def there() -> bool:
-        assert running.process.poll() is None, f"ended:\n{running.out}\n{running.err}"
-        return commits(job) > more_than
-
-    wait_until(there, "a commit")
-
-
-def causes(text: str) -> list[str]:
-    return [line for line in text.splitlines() if "moempi: error:" in line]
-
-
-def rank_pids(session: int) -> dict[int, int]:
-    """Process id of every rank in a session."""
-    pids = {}
-    for pid in session_members(session):
-        environ = Path(f"/proc/{pid}/environ").read_bytes()
-        found = re.search(rb"(?:^|\0)OMPI_COMM_WORLD_RANK=(\d+)", environ)
-        if found:
-            pids[int(found[1])] = pid
-    return pids
-
-
-def mpirun_of(running: Running) -> int:
-    """Process id, which is the session too, of the mpirun that `moempi run -n` started."""
-    pid = running.process.pid
-    return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
 
 # ---------------------------------------------------------------- exit codes
@@ -322,7 +252,9 @@ def test_a_stopped_rank_is_a_stall(tmp_path: Path, victim: int) -> None:
         wait_until(lambda: not alive(list(pids.values())), "the end of all ranks", 10)
     assert ended.code == 76, ended.err
     assert len(causes(ended.err)) == 1, ended.err
-    assert f"no answer from rank {victim}: layer " in causes(ended.err)[0]
+    who = rf"rank (\d) \(.*no answer from rank {victim}: layer \d+, microbatch \d+, "
+    found = re.search(who, causes(ended.err)[0])
+    assert found and int(found[1]) != victim, causes(ended.err)
     assert finished(job.parent / "out.h5")
 
 

@@ -247,3 +247,35 @@ def test_commands(tmp_path: Path) -> None:
     assert isinstance(refused.exception, JobError) and "--overwrite" in str(refused.exception)
     assert run.invoke(inputs_group, [*arguments, "--overwrite"]).exit_code == 0
     assert json.loads(run.invoke(inputs_group, ["info", out, "--json"]).output) == json.loads(made.output)
+
+
+# ---------------------------------------------------------------- replaced meanwhile
+
+
+def replaced(path: Path) -> None:
+    write_inputs(path.with_name("new.h5"), prompts_of([1]), {})
+    path.with_name("new.h5").replace(path)
+
+
+def appended(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.parametrize("change", [replaced, appended, Path.unlink])
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, change: Callable[[Path], None]) -> None:
+    path = tmp_path / "i.h5"
+    write_inputs(path, prompts_of([1]), {})
+    with schema.unchanged(path):
+        read_inputs(path)
+    said = r"i\.h5: (was replaced or written while it was read|cannot be read: No such)"
+    with pytest.raises(DataError, match=said), schema.unchanged(path):
+        read_inputs(path)
+        change(path)
+
+
+def test_other_weights_than_those_looked_at_are_refused() -> None:
+    with open_weights(TINYMOE) as weights:
+        weights.expect(weights.digest())
+        with pytest.raises(DataError, match=r"tinymoe\.h5: was replaced .* go on with --resume"):
+            weights.expect("0" * 64)

@@ -231,6 +231,15 @@ def test_a_load_too_large_by_rank_is_kept_in_total(tmp_path: Path, monkeypatch: 
 # ---------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.parametrize("begin", [np.zeros((1, 2), int), np.zeros(2, int), np.zeros(1), np.zeros(0, int)])
+def test_odd_times_in_a_part_are_named(tmp_path: Path, begin: np.ndarray) -> None:
+    path, notes = tmp_path / "t.h5", recorder("summary", 0)
+    notes.start()
+    write_part(path, 0, 1, {**notes.take(), "wall/begin": np.asarray(begin)}, about(0, "summary"))
+    with pytest.raises(DataError, match=r"rank-00000-000001\.h5: damaged trace-part file: /wall has"):
+        merge(path, "summary")
+
+
 def test_missing_and_damaged_parts_are_named_and_nothing_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "t.h5"
     write_ranks(path, "full")

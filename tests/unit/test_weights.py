@@ -122,7 +122,7 @@ DAMAGED: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     "type": (retype, r"/model/norm has type float64; expected float32 or bfloat16"),
     "mixed": (mix, r"/model/norm is torch\.bfloat16, but /model/embedding is torch\.float32"),
     "shape": (reshape, r"/model/layers/1/experts_down has shape \[5, 6, 10\]; the config says \[5, 10, 6\]"),
-    "hollow": (hollow, r"/model/norm takes 0 bytes in the file; expected 40"),
+    "hollow": (hollow, r"/model/norm claims 40 bytes, but stores 0"),
     "missing": (lambda file: file.pop("model/head"), r"/model/head is missing; expected \[23, 10\]"),
     "extra": (lambda file: file["model"].create_dataset("x", data=[1]), r"/model/x is not a tensor of the model"),
     "layers": (lambda file: other_config(file, num_hidden_layers=4), "3 layers; the config says 4"),

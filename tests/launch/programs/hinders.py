@@ -1,7 +1,8 @@
-"""A run with one thing wrong: a job file, then what goes wrong, then the rank (or microbatch) that it happens to.
+"""A run with one thing wrong: a job file, what goes wrong, and the rank, microbatch or file of it.
 
     raises RANK         the rank fails while it computes an expert's rows
     drops MICROBATCH    rank 0 loses its first answer to that microbatch of rank 1
+    replaces FILE       the weights are replaced by that file once rank 0 has looked at them
 """
 
 import sys
@@ -40,8 +41,26 @@ def hinder(path: str, how: str, number: str) -> int:
                 return
             super().answer(arrival)
 
-    engine_type = {"raises": Raising, "drops": Dropping}[how]
-    return run(world, load_job(Path(path)), drain=mpi.signals, engine_type=engine_type).exit_code
+    engine_type = {"raises": Raising, "drops": Dropping, "replaces": Engine}[how]
+    job = load_job(Path(path))
+    if how == "replaces":
+        replace_weights(world, number, job.model.weights)
+    return run(world, job, drain=mpi.signals, engine_type=engine_type).exit_code
+
+
+def replace_weights(world, other: str, weights: Path) -> None:
+    """Just before the ranks read them; `run` chooses a device between rank 0's look and that."""
+    import moempi.run
+
+    choose = moempi.run.choose_device
+
+    def choose_device(*given):
+        if world.rank == 0:
+            Path(other).replace(weights)
+        world.Barrier()
+        return choose(*given)
+
+    moempi.run.choose_device = choose_device
 
 
 sys.exit(mpi.guard(hinder, *sys.argv[1:]))
