@@ -110,9 +110,9 @@ def _links() -> MeasuredLinks:
     source, destination = (np.array(one, np.int32) for one in ([0, 0, 1], [1, 2, 2]))
     time = np.full((3, 2), 1e-5)
     node = np.array([0, 0, 1], np.int32)
-    return MeasuredLinks(
-        np.array([8, 1024]), source, destination, time, np.full(3, 1e-5), np.full(3, 1e9), node, ["h0", "h0", "h1"]
-    )
+    sizes, latency, bandwidth = np.array([8, 1024]), np.full(3, 1e-5), np.full(3, 1e9)
+    hosts, devices = ["h0", "h0", "h1"], ["cpu"] * 3
+    return MeasuredLinks(sizes, source, destination, time, latency, bandwidth, node, hosts, devices)
 
 
 def _write_outputs(folder: Path) -> None:
