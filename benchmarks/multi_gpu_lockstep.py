@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from moempi.bench.layers_cuda import CudaLayers
 from moempi.device import cuda_rows
 from moempi.device.cuda_experts import Part
+from moempi.device.cuda_memory import Rows
 
 
 class WithLockstep(CudaLayers):
@@ -50,17 +50,22 @@ class WithLockstep(CudaLayers):
             sent, got, parts = self._exchanges[m]
             n = sum(got)
             pairs, places, _ = self._sorted(layer, m)
-            cuda_rows.gather(self.x[m], pairs, self.shape.top_k, self.packed)
+            cuda_rows.gather(self.x[m], pairs, self.shape.top_k, self.packed.data_ptr())
             rows, answers = self._got[:n], self._got[n : 2 * n]
             dist.all_to_all_single(rows, self.packed, got, sent)
-            self._compute_parts(layer, parts, rows, answers)
+            self._compute_parts(layer, parts, n)
             dist.all_to_all_single(self._back, answers, sent, got)
             cuda_rows.combine(self.x[m], self._back, places, self.routes[m].weights)
 
-    def _compute_parts(self, layer: int, parts: list[tuple[int, int, int]], rows: Tensor, answers: Tensor) -> None:
+    def _compute_parts(self, layer: int, parts: list[tuple[int, int, int]], n: int) -> None:
+        """Rows are the first n of what lies apart, answers the next n."""
         if parts:
-            given = [Part(slot, rows[lo:hi], answers[lo:hi]) for slot, lo, hi in parts]
-            self.layers[layer](given, self._got.view(-1))
+            flat, d = self._got.view(-1), self.shape.d_model
+            given = [
+                Part(slot, Rows(flat, lo * d, hi - lo, d), Rows(flat, (n + lo) * d, hi - lo, d))
+                for slot, lo, hi in parts
+            ]
+            self.layers[layer](given, flat)
 
     def free(self) -> None:
         """Give the communicators and the GPU's memory back. Collective."""
