@@ -12,7 +12,7 @@ from ranks import mpirun_line, program, run
 from moempi.files.init_weights import init_weights
 from moempi.files.inputs import Prompts, write_inputs
 
-HELD = ("memory", "files", "requests")  # resident bytes, open files, fewest pending requests of a quarter second
+HELD = ("memory", "files", "requests")  # resident bytes, open files, fewest pending requests of a while
 LIMIT = 0.01  # growth per 1000 sequences
 WARM_UP = 0.4  # share of the sequences that is not looked at
 
@@ -85,6 +85,15 @@ def growth(sequences: Sequence[float], held: Sequence[float]) -> float:
     return float(slope / max(1.0, start + slope * x[warm].min()))
 
 
+def growth_of_fewest(sequences: Sequence[float], held: Sequence[float]) -> float:
+    """The same of a small count that comes and goes: the fewest after half of the warm part, against those before."""
+    x, y = np.asarray(sequences, dtype=float) / 1000, np.asarray(held, dtype=float)
+    half = (WARM_UP + 1) / 2 * x.max()
+    before, after = y[(x >= WARM_UP * x.max()) & (x < half)].min(), y[x >= half].min()
+    return float((after - before) / max(1.0, before) / (half - WARM_UP * x.max()))
+
+
 def growths(notes: Sequence[dict[str, np.ndarray]]) -> list[dict[str, float]]:
     """Growth per 1000 sequences of what each rank holds."""
-    return [{name: growth(one["sequences"], one[name]) for name in HELD} for one in notes]
+    how = {"memory": growth, "files": growth, "requests": growth_of_fewest}
+    return [{name: how[name](one["sequences"], one[name]) for name in HELD} for one in notes]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from soaks import HELD, LIMIT, growth, growths, soak, write_job
+from soaks import HELD, LIMIT, growth, growth_of_fewest, growths, soak, write_job
 
 RANKS = 3
 SEQUENCES = 3000
@@ -18,8 +18,10 @@ def test_growth_by_hand() -> None:
     assert growth(sequences, flat) == pytest.approx(0)
     # 100 at 2000 sequences, where the warm-up ends, 5 more with every thousand.
     assert growth(sequences, 90 + sequences / 200) == pytest.approx(0.05)
-    # A request that stays with every thousand sequences, where there were none.
-    assert growth(sequences, (sequences - 2000) / 1000) == pytest.approx(1)
+    # A request that stays with every thousand sequences, among up to six that come and go.
+    pending = np.arange(len(sequences)) % 7
+    assert growth_of_fewest(sequences, pending) == 0
+    assert growth_of_fewest(sequences, pending + sequences // 1000) == pytest.approx(1 / 2 / 1.5)
 
 
 def test_memory_open_files_and_requests_stay_as_they_are(tmp_path: Path) -> None:
