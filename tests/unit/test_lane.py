@@ -20,9 +20,11 @@ class Requests:
 
     def __init__(self) -> None:
         self.waiting: list[Callable[[], Any]] = []
+        self.rung: list[int] = []
 
-    def add(self, _request: object, callback: Callable[[], Any]) -> None:
+    def add(self, _request: object, callback: Callable[[], Any], to: int = -1) -> None:
         self.waiting.append(callback)
+        self.rung += [to] * (to >= 0)
 
     def complete(self) -> None:
         self.waiting.pop(0)()
@@ -74,6 +76,7 @@ def test_two_messages_leave_at_once_and_the_rest_together() -> None:
     requests.complete()
     requests.complete()
     assert gone == [0, 1, 2, 3, 4] and not requests.waiting
+    assert requests.rung == [7] * 3  # the rank of the job, whatever the communicator calls it
     taken = recorder.take()
     traffic = {name: taken[f"traffic/{name}"].tolist() for name in ("layer", "rows", "bytes", "messages")}
     # Frames count in their own layers, the shared message with its first frame.
