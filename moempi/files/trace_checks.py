@@ -18,6 +18,8 @@ from moempi.recorder import LEVELS
 MOST_RANKS = 2**20
 MOST_LOAD = 2**24  # layers times experts
 
+REQUIRED = {"ranks": ("rank",), "clocks": ("rank", "offset", "drift", "error")}  # columns
+
 
 def checked_shape(found: Mapping[str, Any], where: Path) -> tuple[int, ...]:
     """The numbers of SHAPE.
@@ -74,11 +76,11 @@ def check_tables(file: h5py.File, path: Path, level: str, shape: tuple[int, ...]
 
 
 def _numbers(file: h5py.File, group: str) -> list[str]:
-    """Names of the columns that are not text, and `rank`, which must be there."""
+    """Names of the columns that are not text, and of those that must be there."""
     names = [*file[group]] if group in file else []
     offsets = {name for name in names if name.endswith("_offsets")}
     text = {name.removesuffix("_offsets") for name in offsets}
-    return ["rank", *(name for name in names if name not in text | offsets)]
+    return [*REQUIRED[group], *(name for name in names if name not in text | offsets)]
 
 
 def _dataset(file: h5py.File, name: str, path: Path) -> h5py.Dataset:

@@ -279,6 +279,14 @@ def test_rows_that_no_expert_computed_are_named(run: Run) -> None:
     assert run.disagreements() == ["layer 1: rank 1 got 7 rows and computed 5"]
 
 
+@pytest.mark.parametrize("column", ["ranks/rank", "clocks/rank", "clocks/offset", "clocks/drift", "clocks/error"])
+def test_a_trace_without_a_column_is_refused(run: Run, column: str) -> None:
+    with h5py.File(run.path, "r+") as file:
+        del file[column]
+    with pytest.raises(DataError, match=f"/{column} is missing"):
+        analysis.load(run.path)
+
+
 def test_a_trace_whose_numbers_stand_for_other_words_is_refused(run: Run) -> None:
     with h5py.File(run.path, "r+") as file:
         schema.set_text_attribute(file["sums/stage"], "legend", "step,sing,wait")
