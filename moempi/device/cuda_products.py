@@ -8,8 +8,8 @@ product is the pattern).
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -23,8 +23,7 @@ from moempi.device.cuda_launch import current_stream
 from moempi.device.cuda_transfer import to_device
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """Rows and outputs of a tile, inputs of a block, and how a multiprocessor works on it."""
 
     rows: int
@@ -162,7 +161,7 @@ def tile_table(
 
 def tile_for(dtype: torch.dtype, rows: int) -> Tile:
     """The tile for a product of so many rows."""
-    return TILES[dtype][sum(rows > step for step in STEPS)]
+    return TILES[dtype][bisect_left(STEPS, rows)]
 
 
 def _units(memory: Tensor, row: int, offsets: Sequence[int]) -> int:
