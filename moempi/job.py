@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from moempi.errors import JobError
 from moempi.job_errors import explain
@@ -131,17 +131,8 @@ class PlacementOptions(Section):
 class AdmissionOptions(Section):
     policy: Literal["balanced", "rank0"] = option("balanced", "which ranks are homes: all of them, or rank 0 alone")
     homes: Literal["all"] | Annotated[int, Field(ge=1)] = option(
-        "all",
-        "most ranks that are homes, spread evenly. With many ranks to a core, two homes to a core (and run.capacity "
-        "raised in turn) can be twice as fast: fewer and larger messages. Not for admission.policy = rank0",
-        "ranks",
+        "all", "most ranks that are homes, spread evenly; two to a core are fastest where ranks share cores", "ranks"
     )
-
-    @model_validator(mode="after")
-    def _one_way_to_choose_homes(self) -> AdmissionOptions:
-        if self.policy == "rank0" and self.homes != "all":
-            raise ValueError("policy = 'rank0' has one home, rank 0: leave homes out, or use policy = 'balanced'")
-        return self
 
 
 class ExchangeOptions(Section):

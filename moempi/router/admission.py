@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
+from moempi.errors import JobError
+
 
 def largest_first(work: Mapping[int, int]) -> list[int]:
     """Sequences (rows of the input) by falling work (tokens to prefill and to generate); ties in input order."""
@@ -34,8 +36,17 @@ def first_deal(
 
 
 def home_ranks(policy: str, most: int | Literal["all"], n_ranks: int) -> list[int]:
-    """Ranks that take sequences: rank 0 alone for "rank0"; for "balanced" all, or `most` of them, spread evenly."""
+    """Ranks that take sequences: rank 0 alone for "rank0"; for "balanced" all, or `most` of them, spread evenly.
+
+    Raises:
+        JobError: "rank0" with a number of homes.
+    """
     if policy == "rank0":
+        if most != "all":
+            raise JobError(
+                f"admission.policy = 'rank0' has one home, rank 0, and admission.homes = {most}: leave homes out, or "
+                "use policy = 'balanced'"
+            )
         return [0]
     n_homes = n_ranks if most == "all" else min(most, n_ranks)
     return [i * n_ranks // n_homes for i in range(n_homes)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from moempi.batch import Sequence, chunk_sizes, compose
+from moempi.errors import JobError
 from moempi.router.admission import first_deal, home_ranks, largest_first
 
 
@@ -64,3 +65,5 @@ def test_homes() -> None:
     assert home_ranks("balanced", 3, 8) == [0, 2, 5]
     assert home_ranks("balanced", 1, 8) == [0]
     assert home_ranks("rank0", "all", 3) == [0]
+    with pytest.raises(JobError, match=r"one home, rank 0, and admission\.homes = 2: leave homes out"):
+        home_ranks("rank0", 2, 3)
