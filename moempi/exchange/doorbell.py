@@ -25,21 +25,21 @@ _MOST_FILES = 1024  # select() knows no higher ones
 
 
 class Doorbell:
-    """The bell of one rank, and the buttons of the others' on its node.
+    """The bell of one rank, and the buttons of all on its node, its own too.
 
     Args:
         own: file descriptor to sleep on; None: there is no bell.
-        others: by rank, file descriptors to write to.
+        buttons: by rank, file descriptors to write to.
         n_ranks: of the job.
     """
 
-    def __init__(self, own: int | None = None, others: Mapping[int, int] | None = None, n_ranks: int = 0) -> None:
-        self._own, self._others = own, dict(others or {})
-        self.hears_all = own is not None and len(self._others) == n_ranks - 1
+    def __init__(self, own: int | None = None, buttons: Mapping[int, int] | None = None, n_ranks: int = 0) -> None:
+        self._own, self._buttons = own, dict(buttons or {})
+        self.hears_all = own is not None and len(self._buttons) == n_ranks
 
     def ring(self, rank: int) -> None:
         """Wake a rank if it sleeps; nothing happens where it is on another node."""
-        button = self._others.get(rank)
+        button = self._buttons.get(rank)
         if button is not None:
             # A full pipe has rung already, and a rank that has ended needs no ring.
             with contextlib.suppress(OSError):
@@ -57,10 +57,10 @@ class Doorbell:
 
     def close(self) -> None:
         """Close the pipes."""
-        for file in (self._own, *self._others.values()):
+        for file in (self._own, *self._buttons.values()):
             if file is not None:
                 os.close(file)
-        self._own, self._others = None, {}
+        self._own, self._buttons = None, {}
 
 
 def hang_doorbells(world: MPI.Intracomm) -> Doorbell:
@@ -74,12 +74,12 @@ def hang_doorbells(world: MPI.Intracomm) -> Doorbell:
     folder = node.bcast(_make_folder() if node.rank == 0 else None, root=0)
     own = _hang(folder, world.rank) if folder else None
     meet(node)
-    others = {rank: _button(folder, rank) for rank in members if rank != world.rank} if folder else {}
+    buttons = {rank: _button(folder, rank) for rank in members} if folder else {}
     meet(node)
     if node.rank == 0 and folder:
         shutil.rmtree(folder, ignore_errors=True)
     node.Free()
-    return Doorbell(own, {rank: file for rank, file in others.items() if file is not None}, world.size)
+    return Doorbell(own, {rank: file for rank, file in buttons.items() if file is not None}, world.size)
 
 
 def _make_folder() -> Path | None:

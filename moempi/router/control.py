@@ -35,6 +35,7 @@ class Control:
         """
         if destination == self.rank:
             self._own.append(message)
+            self._requests.bell.ring(self.rank)
         else:
             self._requests.add(self._comm.issend(message, destination), taken, to=destination)
 
