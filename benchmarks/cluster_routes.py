@@ -5,8 +5,9 @@
     python benchmarks/cluster_routes.py --doc docs/performance.md      # and put the tables into the page
     python benchmarks/cluster_routes.py --shapes 4x2 --loads decode --runs 1 --sequences 8    # a first look
 
-A case is a shape (nodes x ranks on each), a rate of the links, a load and a route. Routes take turns, round after
-round. For `auto` the links of each shape and rate are measured first, by `moempi bench links`.
+A case is a shape (nodes x ranks on each), a rate of the links, a load and a route. One launch runs all loads and
+routes of a shape and rate (cluster_jobs.py), round after round. For `auto` the
+links of each shape and rate are measured first, by `moempi bench links`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -34,17 +36,15 @@ from emulation import Cluster, missing
 from moempi import analysis
 from moempi.files.inputs import Prompts, write_inputs
 from moempi.files.links import read_links
-from moempi.job import known_options
 from moempi.launch import this_program
 
 RESULTS = HERE / "results" / "cluster_routes.json"
 ROUTES = ("direct", "leader", "rail", "auto")
-DEFAULT_ROUTE = "direct"  # the one way of a job whose output names no route
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured in one launch."""
+    """One job."""
 
     shape: str
     rate: str
@@ -63,11 +63,7 @@ class Bench:
 
 def main() -> None:
     given = _arguments()
-    if given.render:
-        results = json.loads(given.render.read_text())
-    else:
-        refuse(given)
-        results = measure(given)
+    results = json.loads(given.render.read_text()) if given.render else measure(given)
     print(render(results))
     if given.doc:
         put_into(given.doc, render(results), "cluster_routes")
@@ -84,16 +80,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def refuse(given: argparse.Namespace) -> None:
-    """End where the cases cannot be measured, with the reason."""
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """All figures, JSON-ready; ends where nothing can be measured, with the reason."""
     if reason := missing():
         raise SystemExit(reason)
-    if "exchange.route" not in known_options() and given.routes != [DEFAULT_ROUTE]:
-        raise SystemExit(f"--routes {' '.join(given.routes)}: this program has {DEFAULT_ROUTE} only")
-
-
-def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """All figures, JSON-ready."""
     settings = {"machine": machine(len(os.sched_getaffinity(0))), "sequences": given.sequences}
     del settings["machine"]["date"]
     rounds = Rounds(given.json, settings, given.resume)
@@ -110,7 +100,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                 if "auto" in given.routes:
                     rounds.results["links"][f"{shape} {rate}"] = measure_links(bench)
                 cases = [Case(shape, rate, load, route) for load in given.loads for route in given.routes]
-                rounds.measure(cases, given.runs, lambda case: measure_one(bench, case))  # noqa: B023
+                rounds.measure_at_once(cases, given.runs, lambda left: measure_all(bench, left))  # noqa: B023
     rounds.keep()
     return rounds.results
 
@@ -137,53 +127,57 @@ def measure_links(bench: Bench) -> dict[str, float]:
     return medians
 
 
-def measure_one(bench: Bench, case: Case) -> dict[str, Any]:
-    """Seconds of a job, bytes on the links with and without what any job sends, and what the trace counted."""
-    start = run_job(bench, case, f"{case.load}-start")["link_bytes"]
-    found = run_job(bench, case, case.load)
-    trace = analysis.load(bench.folder / "out.trace.h5")
+def measure_all(bench: Bench, cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Seconds of every job, bytes on the links with and without what any job sends, and what the trace counted."""
+    jobs = [write_job(bench, case, which) for case in cases for which in (f"{case.load}-start", case.load)]
+    program = [sys.executable, "-m", "mpi4py", str(HERE / "cluster_jobs.py"), *map(str, jobs)]
+    found = run(bench.cluster.line(program, bench.per_node))
+    told = []
+    for start, job, path in zip(found["jobs"][::2], found["jobs"][1::2], jobs[1::2], strict=True):
+        keep = ("seconds", "new_tokens", "link_bytes", "link_received")
+        told.append(
+            {
+                **{key: job[key] for key in keep},
+                "other_cores": found["other_cores"],
+                "start_bytes": start["link_bytes"],
+                "chosen": job["route"],
+                "reason": job["route_reason"],
+                **between_nodes(path.with_suffix(".trace.h5")),
+            }
+        )
+    return told
+
+
+def between_nodes(path: Path) -> dict[str, list[int]]:
+    """Rows with headers in bytes, and messages, that the trace says have left each node."""
+    trace = analysis.load(path)
     node = np.array([rank["node"] for rank in trace.ranks])
-    away = node[trace.traffic["source"]] != node[trace.traffic["destination"]]
-    sent = {
-        name: [
-            int(trace.traffic[name][away & (node[trace.traffic["source"]] == n)].sum()) for n in range(node.max() + 1)
-        ]
+    source, traffic = node[trace.traffic["source"]], trace.traffic
+    away = source != node[traffic["destination"]]
+    return {
+        f"traced_{name}": [int(traffic[name][away & (source == n)].sum()) for n in range(node.max() + 1)]
         for name in ("bytes", "messages")
     }
-    keep = ("seconds", "wall_seconds", "other_cores", "new_tokens", "link_bytes", "link_received")
-    return {
-        **{key: found[key] for key in keep},
-        "start_bytes": start,
-        "traced_bytes": sent["bytes"],  # that leave each node
-        "traced_messages": sent["messages"],
-        "chosen": found.get("route") or DEFAULT_ROUTE,
-        "reason": found.get("route_reason", ""),
-    }
 
 
-def run_job(bench: Bench, case: Case, inputs: str) -> dict[str, Any]:
-    """What a job printed, and the bytes that each node's link carried meanwhile."""
-    job = bench.folder / "job.toml"
+def write_job(bench: Bench, case: Case, inputs: str) -> Path:
+    """The job file of a case; its output and trace lie beside it."""
+    path = bench.folder / f"{inputs}-{case.route}.toml"
     weights = TINYMOE if LOADS[case.load].config is None else bench.folder / f"{case.load}-weights.h5"
-    route = f'exchange.route = "{case.route}"' if "exchange.route" in known_options() else ""
     links = f'exchange.links = "{bench.folder / "links.h5"}"' if case.route == "auto" else ""
-    job.write_text(
+    path.write_text(
         f"""
         model.weights = "{weights}"
         input.file = "{inputs}.h5"
-        output.file = "out.h5"
+        output.file = "{path.stem}.h5"
         generate.stop_at_eos = false
-        run = {{ capacity = 8, threads = 1 }}
-        trace.file = "out.trace.h5"
-        {route}
+        run = {{ capacity = 8, threads = 1, device = "cpu" }}
+        exchange.route = "{case.route}"
+        trace.file = "{path.stem}.trace.h5"
         {links}
         """
     )
-    before = bench.cluster.counters()
-    found = run(bench.cluster.line(this_program("run", str(job), "--overwrite", "--json"), bench.per_node))
-    moved = [new - old for new, old in zip(bench.cluster.counters(), before, strict=True)]
-    found |= {"link_bytes": [one.sent for one in moved], "link_received": [one.received for one in moved]}
-    return found
+    return path
 
 
 if __name__ == "__main__":

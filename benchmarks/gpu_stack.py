@@ -36,7 +36,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from moempi.device import cuda_rows
-from moempi.device.cuda_experts import Part, Scratch, Stack
+from moempi.device.cuda_experts import Batch, Scratch, Stack
 from moempi.device.cuda_memory import MessageMemory, Rows, block_bytes
 from moempi.device.cuda_transfer import Copies
 from moempi.exchange.arrivals_cuda import CudaExperts
@@ -176,7 +176,8 @@ class Bench:
         return [layer for _ in range(STEPS * self.microbatches) for layer in self.layers]
 
     def _compute(self, layer: int) -> None:
-        self.layers[layer]([Part(0, Rows.of(self.rows), Rows.of(self.answers))], self.rows.view(-1))
+        rows, answers = Rows.of(self.rows), Rows.of(self.answers)
+        self.layers[layer]([Batch(rows, answers, (len(rows),))], self.rows.view(-1))
 
     def time(self, work: Callable[[], None]) -> list[float]:
         """ms per layer and microbatch of every round, the slowest rank's."""

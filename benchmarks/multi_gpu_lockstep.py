@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from moempi.bench.layers_cuda import CudaLayers
 from moempi.device import cuda_rows
-from moempi.device.cuda_experts import Part
+from moempi.device.cuda_experts import Batch
 from moempi.device.cuda_memory import Rows
 
 
@@ -25,8 +25,8 @@ class WithLockstep(CudaLayers):
         most = max(sum(got) for _, got, _ in self._exchanges)
         self._got, self._back = self.apart.new_empty(2 * most, self.shape.d_model), torch.empty_like(self.packed)
 
-    def _exchange(self, m: int) -> tuple[list[int], list[int], list[tuple[int, int, int]]]:
-        """Rows to every rank, rows from every rank, and what of these is for which slot: (slot, lo, hi).
+    def _exchange(self, m: int) -> tuple[list[int], list[int], list[tuple[int, ...]]]:
+        """Rows to every rank, rows from every rank, and what of these is for which slot.
 
         Layers are alike but for the turns of replicas, of which these layouts have none.
         """
@@ -36,36 +36,30 @@ class WithLockstep(CudaLayers):
         begin = table.rank_begin
         sent = [int(mine[begin[r] : begin[r + 1]].sum()) for r in range(self.world.size)]
         here = every[:, begin[self.world.rank] : begin[self.world.rank + 1]]  # [N, slots of this rank]
-        ends = np.cumsum(here.ravel())
-        parts = [
-            (i % here.shape[1], int(end - n), int(end))
-            for i, (n, end) in enumerate(zip(here.ravel(), ends, strict=True))
-            if n
-        ]
-        return sent, here.sum(1).tolist(), parts
+        return sent, here.sum(1).tolist(), [tuple(rows.tolist()) for rows in here]
 
     def lockstep(self) -> None:
         """The usual way."""
         for layer, m in self._calls():
-            sent, got, parts = self._exchanges[m]
+            sent, got, slots = self._exchanges[m]
             n = sum(got)
             pairs, places, _ = self._sorted(layer, m)
             cuda_rows.gather(self.x[m], pairs, self.shape.top_k, self.packed.data_ptr())
             rows, answers = self._got[:n], self._got[n : 2 * n]
             dist.all_to_all_single(rows, self.packed, got, sent)
-            self._compute_parts(layer, parts, n)
+            self._compute_slots(layer, got, slots)
             dist.all_to_all_single(self._back, answers, sent, got)
             cuda_rows.combine(self.x[m], self._back, places, self.routes[m].weights)
 
-    def _compute_parts(self, layer: int, parts: list[tuple[int, int, int]], n: int) -> None:
-        """Rows are the first n of what lies apart, answers the next n."""
-        if parts:
-            flat, d = self._got.view(-1), self.shape.d_model
-            given = [
-                Part(slot, Rows(flat, lo * d, hi - lo, d), Rows(flat, (n + lo) * d, hi - lo, d))
-                for slot, lo, hi in parts
-            ]
-            self.layers[layer](given, flat)
+    def _compute_slots(self, layer: int, got: list[int], slots: list[tuple[int, ...]]) -> None:
+        """Rows of all ranks are the first of what lies apart, answers the next as many."""
+        flat, d, total, lo, batches = self._got.view(-1), self.shape.d_model, sum(got), 0, []
+        for n, rows_per_slot in zip(got, slots, strict=True):
+            if n:
+                batches.append(Batch(Rows(flat, lo * d, n, d), Rows(flat, (total + lo) * d, n, d), rows_per_slot))
+            lo += n
+        if batches:
+            self.layers[layer](batches, flat)
 
     def free(self) -> None:
         """Give the communicators and the GPU's memory back. Collective."""

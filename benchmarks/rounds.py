@@ -34,17 +34,30 @@ class Rounds:
 
     def measure(self, cases: Sequence[Any], rounds: int, one: Callable[[Any], dict[str, Any]]) -> None:
         """Measure every case (a dataclass) once a round; each round begins with another one."""
-        done = [{key: run[key] for key in ("round", *asdict(cases[0]))} for run in self.results["runs"]]
         for r in range(rounds):
-            first = r * len(cases) // rounds
-            for case in [*cases[first:], *cases[:first]]:
-                name = {"round": r, **asdict(case)}
-                if name in done:
-                    continue
-                found = one(case)
-                say(f"round {r + 1} of {rounds}: {case}: {found['seconds']:.2f} s")
-                self.results["runs"].append(name | found)
-                self.keep()
+            for case in self.left(cases, rounds, r):
+                self.note(r, case, one(case))
+
+    def measure_at_once(
+        self, cases: Sequence[Any], rounds: int, several: Callable[[Sequence[Any]], Sequence[dict[str, Any]]]
+    ) -> None:
+        """The same, where one launch measures all the cases of a round that are left."""
+        for r in range(rounds):
+            if left := self.left(cases, rounds, r):
+                for case, found in zip(left, several(left), strict=True):
+                    self.note(r, case, found)
+
+    def left(self, cases: Sequence[Any], rounds: int, r: int) -> list[Any]:
+        """Cases that a round has not measured yet, in its order."""
+        done = [{key: run[key] for key in ("round", *asdict(cases[0]))} for run in self.results["runs"]]
+        first = r * len(cases) // rounds
+        return [case for case in [*cases[first:], *cases[:first]] if {"round": r, **asdict(case)} not in done]
+
+    def note(self, r: int, case: Any, found: dict[str, Any]) -> None:
+        """Keep what a case came to."""
+        say(f"round {r + 1}: {case}: {found['seconds']:.2f} s")
+        self.results["runs"].append({"round": r, **asdict(case)} | found)
+        self.keep()
 
     def keep(self) -> None:
         """Write what there is."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,9 +74,11 @@ def chunk_sizes(uncached: Many[int], budget: int) -> list[int]:
     left = budget - sum(n == 1 for n in uncached)
     chunks = []
     for n in uncached:
-        chunk = 1 if n == 1 else max(0, min(n, left))
-        left -= chunk if n > 1 else 0
-        chunks.append(chunk)
+        if n == 1:
+            chunks.append(1)
+            continue
+        chunks.append(max(0, min(n, left)))
+        left -= chunks[-1]
     if not any(chunks) and chunks:
         chunks[0] = 1
     return chunks
@@ -96,20 +99,23 @@ def compose(
     """
     chunks = chunk_sizes([len(s.tokens) - s.cached for s in sequences], budget)
     taking = [(s, n) for s, n in zip(sequences, chunks, strict=True) if n]
-    tokens = [token for s, n in taking for token in s.tokens[s.cached : s.cached + n]]
-    ends, end = [], 0
-    for s, n in taking:
-        end += n
-        if s.cached + n == len(s.tokens):
-            ends.append((end - 1, s))
+    tokens: list[int] = []
+    last, choosing = [], []
+    for sequence, n in taking:
+        end = sequence.cached + n
+        tokens += sequence.tokens[sequence.cached : end]
+        if end == len(sequence.tokens):
+            last.append(len(tokens) - 1)
+            choosing.append(sequence)
+    owners = np.repeat([s.index for s, _ in taking], [n for _, n in taking])
     return Step(
         microbatch=microbatch,
         number=number,
         sequences=tuple(s for s, _ in taking),
         chunks=tuple(n for _, n in taking),
         tokens=torch.tensor(tokens, dtype=torch.int64),
-        owners=torch.tensor([s.index for s, n in taking for _ in range(n)], dtype=torch.int64),
+        owners=torch.from_numpy(owners),
         plan=plan([Span(s.cached, s.cached + n, s.pages) for s, n in taking], group),
-        last=torch.tensor([row for row, _ in ends], dtype=torch.int64),
-        choosing=tuple(s for _, s in ends),
+        last=torch.tensor(last, dtype=torch.int64),
+        choosing=tuple(choosing),
     )

@@ -6,11 +6,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from moempi.batch import Step
 from moempi.device.cuda_attention import attend
+from moempi.device.cuda_rows import turn_heads
 from moempi.device.cuda_transfer import to_device
 from moempi.errors import MoempiError
 from moempi.exchange.dispatch_cuda import CudaRows, CudaTable, combine, dispatch
@@ -18,7 +18,6 @@ from moempi.exchange.engine_cuda import CudaEngine
 from moempi.layer import Forward
 from moempi.model.gate import Route
 from moempi.model.network import Layer
-from moempi.model.ops import rotate
 from moempi.stages import ATTEND, COMBINE, HEAD
 
 
@@ -60,13 +59,11 @@ class CudaForward(Forward):
 
     async def attend(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """Write this step's keys and values, then attend to all that the cache holds of each sequence."""
-        plan, number, c = step.plan, layer.number, layer.config
-        rows = layer.project_rows(x).view(step.n_tokens, -1, c.head_dim)
-        both, values = rows.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
-        normed = self.network.device.normed(both, layer.head_norm, c.norm_eps, torch.float32)
-        queries, keys = rotate(normed, *self.network.rotary.at(plan.positions)).split([c.n_heads, c.n_kv_heads], dim=1)
-        self.cache.write(number, plan.write_pages, plan.write_offsets, keys, values)
-        mixed = attend(queries, self.cache.keys[number], self.cache.values[number], plan)
+        plan, number, rotary = step.plan, layer.number, self.network.rotary
+        keys, values = self.cache.keys[number], self.cache.values[number]
+        rows, tables = layer.project_rows(x), (rotary.cos, rotary.sin)
+        queries = turn_heads(rows, layer.head_norm, layer.config.norm_eps, tables, plan, keys, values)
+        mixed = attend(queries, keys, values, plan)
         attended = layer.close_attention(x, mixed)
         self.lap(ATTEND, number, step, step.n_tokens)
         return attended

@@ -20,6 +20,7 @@ from moempi.files.placement import fits, read_placement
 from moempi.job import Job
 from moempi.model.config import PAGE, ModelConfig
 from moempi.planning import memory
+from moempi.planning.gpu_memory import CALL_ROWS
 from moempi.planning.links import Links
 from moempi.planning.placement import Placement, check_strict, place
 from moempi.planning.routes import Route, Work, choose_route, steps_of_a_home
@@ -118,7 +119,10 @@ def lay_out(
     )
     kv_tokens, placement, route, plans = most_that_fits(least, wanted, fitting)
     # Answers of cut experts are float32, whatever the model's dtype.
-    pieces, rows = message_pieces(step_tokens * config.top_k, 4 * config.d_model, job.exchange.piece_bytes)
+    row_bytes, piece_bytes = 4 * config.d_model, job.exchange.piece_bytes
+    if device == "cuda":
+        piece_bytes = min(piece_bytes, CALL_ROWS * row_bytes)
+    pieces, rows = message_pieces(step_tokens * config.top_k, row_bytes, piece_bytes)
     return Layout(
         n_ranks=n_ranks,
         device=device,

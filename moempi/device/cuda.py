@@ -39,7 +39,8 @@ class Linear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[R, I] -> [R, O], in the weight's dtype, for any R including 0; `residual` [R, O] is added to it."""
-        x = x.to(self.dtype)
+        if x.dtype != self.dtype:  # even a copy that is none takes a microsecond
+            x = x.to(self.dtype)
         rows = product(x.contiguous(), self._weight) if self.exact else F.linear(x, self._weight)
         return rows if residual is None else residual + rows
 

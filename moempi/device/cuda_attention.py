@@ -17,25 +17,21 @@ import triton.language as tl
 from torch import Tensor
 
 from moempi.device.cuda_transfer import to_device
-from moempi.model.attention import Span
+from moempi.model.attention import AttentionPlan, Span, plan_attention
 from moempi.model.config import PAGE
 
 TILE = 16  # query rows; the least that a product on the GPU takes
 
 
 @dataclass(frozen=True)
-class TilePlan:
+class TilePlan(AttentionPlan):
     """Which rows meet which pages, for the T new positions of a batch; the same for every layer. On the host.
 
     A *query row* is a (position, head of the group) pair of one sequence, as in `moempi.model.attention`.
     """
 
-    positions: Tensor  # [T] int64, position in its sequence
-    write_pages: Tensor  # [T] int64, page of each new position
-    write_offsets: Tensor  # [T] int64, place in the page
-    tiles: Tensor  # [A, 4] int32: first query row, rows, pages, 0
+    tiles: Tensor  # [A, 4] int32: first query row, rows, pages, line of `pages`
     row_positions: Tensor  # [A, TILE] int32; -1 for padding
-    pages: Tensor  # [A, most] int32, pages of a tile's sequence; padding 0
     group: int  # query heads per key-value head
 
     def on(self, device: torch.device) -> TilePlan:
@@ -51,41 +47,23 @@ def plan_tiles(spans: Sequence[Span], group: int) -> TilePlan:
         spans: one per sequence, in the order of their rows in the batch.
         group: query heads per key-value head.
     """
-    positions = np.concatenate([np.arange(s.begin, s.end) for s in spans])
-    owners = np.repeat(np.arange(len(spans)), [s.end - s.begin for s in spans])
-    first, tiles, tile_owners = 0, [], []
-    for number, span in enumerate(spans):
-        n = (span.end - span.begin) * group
-        begins = np.arange(0, n, TILE)
-        tiles.append(np.stack([first + begins, np.minimum(TILE, n - begins)], axis=1))
-        tile_owners += [number] * len(begins)
-        first += n
-    bounds = np.concatenate(tiles)  # [A, 2]
-    rows = bounds[:, :1] + np.arange(TILE)
-    there = np.arange(TILE) < bounds[:, 1:]
-    row_positions = np.where(there, positions[np.minimum(rows, first - 1) // group], -1)
+    plan = plan_attention(spans, group)
+    begins, ends = np.array([(span.begin, span.end) for span in spans]).T
+    n_rows = (ends - begins) * group
+    n_tiles = -(-n_rows // TILE)
+    owner = np.repeat(np.arange(len(spans)), n_tiles)
+    tile = np.arange(len(owner)) - (n_tiles.cumsum() - n_tiles)[owner]  # of its sequence
+    rows = tile[:, None] * TILE + np.arange(TILE)
+    row_positions = np.where(rows < n_rows[owner, None], begins[owner, None] + rows // group, -1)
     n_pages = row_positions.max(1) // PAGE + 1
-    book = np.zeros((len(spans), int(n_pages.max())), dtype=np.int64)
-    for number, span in enumerate(spans):
-        known = span.pages[: book.shape[1]]
-        book[number, : len(known)] = known
-    columns = np.stack([bounds[:, 0], bounds[:, 1], n_pages, np.zeros_like(n_pages)], axis=1)
-    pages_of_spans = [np.asarray(s.pages, dtype=np.int64)[np.arange(s.begin, s.end) // PAGE] for s in spans]
+    first = (n_rows.cumsum() - n_rows)[owner] + tile * TILE
+    tiles = np.array([first, np.minimum(TILE, n_rows[owner] - tile * TILE), n_pages, owner], dtype=np.int32).T
     return TilePlan(
-        positions=torch.from_numpy(positions),
-        write_pages=torch.from_numpy(np.concatenate(pages_of_spans)),
-        write_offsets=torch.from_numpy(positions % PAGE),
-        tiles=torch.from_numpy(columns.astype(np.int32)),
+        **vars(plan),
+        tiles=torch.from_numpy(np.ascontiguousarray(tiles)),
         row_positions=torch.from_numpy(row_positions.astype(np.int32)),
-        pages=torch.from_numpy(book[np.array(tile_owners)].astype(np.int32)),
         group=group,
-    ) if len(owners) else _nothing(group)
-
-
-def _nothing(group: int) -> TilePlan:
-    none = torch.zeros(0, dtype=torch.int64)
-    empty = torch.zeros(0, TILE, dtype=torch.int32)
-    return TilePlan(none, none, none, empty[:, :4], empty, empty[:, :1], group)
+    )
 
 
 @triton.jit
@@ -113,6 +91,7 @@ def _attend(  # type: ignore[no-untyped-def]
     first = tl.load(tiles + 4 * tile)
     n_rows = tl.load(tiles + 4 * tile + 1)
     n_pages = tl.load(tiles + 4 * tile + 2)
+    book = pages + tl.load(tiles + 4 * tile + 3).to(tl.int64) * n_columns
     row = first + tl.arange(0, TILE)
     there = tl.arange(0, TILE) < n_rows
     position = tl.load(row_positions + tile * TILE + tl.arange(0, TILE))
@@ -126,7 +105,7 @@ def _attend(  # type: ignore[no-untyped-def]
     total = tl.zeros((TILE,), dtype=tl.float32)
     mixed = tl.zeros((TILE, DIMS), dtype=tl.float32)
     for j in range(n_pages):
-        page = (tl.load(pages + tile * n_columns + j).to(tl.int64) * n_kv_heads + kv) * width * PAGE
+        page = (tl.load(book + j) * n_kv_heads + kv) * width * PAGE
         k = tl.load(keys + page + dim[:, None] * PAGE + key[None, :], mask=dim[:, None] < width, other=0.0)
         scores = tl.dot(q, k, input_precision="ieee")
         scores = tl.where(j * PAGE + key[None, :] <= position[:, None], scores, float("-inf"))

@@ -46,10 +46,9 @@ class Clock:
 
     def look(self) -> bool:
         """Do what the stream has come past; whether there was anything."""
-        waiting = self._waiting
-        if not waiting or waiting[0][0] > self._passed[0]:
+        waiting, passed = self._waiting, self._passed[0]
+        if not waiting or waiting[0][0] > passed:
             return False
-        passed = self._passed[0]
         while waiting and waiting[0][0] <= passed:
             waiting.popleft()[1]()
         return True

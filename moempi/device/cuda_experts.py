@@ -5,26 +5,58 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moempi.device.cuda_memory import Rows
-from moempi.device.cuda_products import Section, grouped_product, product_at
+from moempi.device.cuda_products import Grouped, Sections, prepare, product_at
 from moempi.device.cuda_rows import swiglu, swiglu_at
 from moempi.model.expert import Expert
 
-# Fewer rows per slot than this, and one launch for all slots is faster than cuBLAS slot by slot.
-GROUP_BELOW = 128
+# Operations per slot, below which one launch for all slots is faster than cuBLAS slot by slot: its three calls take the
+# host some 60 us, in which the GPU does this much, and a small product does not fill it.
+WORTH_CALLS = 2e10
 FEW = 3  # parts that are launched one after the other, which takes less of the host than a table of them
 
 
+class Batch(NamedTuple):
+    """Rows for the slots of a layer, slot behind slot, and where their outputs go; in the memory of messages."""
+
+    rows: Rows  # [R, D]
+    answer: Rows  # [R, D]
+    rows_per_slot: tuple[int, ...]
+
+
 class Part(NamedTuple):
-    """Rows for one slot: [R, D] in, [R, D] out, both in the memory of messages."""
+    """Rows for one slot, [R, D] in and out."""
 
     slot: int
     rows: Rows
     answer: Rows
+
+
+def parts_of(batches: Sequence[Batch]) -> list[Part]:
+    """What is there for any slot, one by one."""
+    parts = []
+    for rows, answer, rows_per_slot in batches:
+        lo = 0
+        for slot, n in enumerate(rows_per_slot):
+            if n:
+                parts.append(Part(slot, rows.part(lo, lo + n), answer.part(lo, lo + n)))
+                lo += n
+    return parts
+
+
+def sections_of(batches: Sequence[Batch]) -> Sections:
+    """The same as arrays, with the parts of a slot beside each other: they read the same weights."""
+    rows = np.array([batch.rows_per_slot for batch in batches], dtype=np.int64)  # [batches, slots]
+    lo = rows.cumsum(axis=1) - rows
+    sources = np.array([[batch.rows.begin] for batch in batches]) + lo * batches[0].rows.d
+    targets = np.array([[batch.answer.begin] for batch in batches]) + lo * batches[0].answer.d
+    slots, at = np.nonzero(rows.T)
+    return Sections(slots, *(each[at, slots] for each in (rows, sources, targets)))
 
 
 class Scratch:
@@ -55,15 +87,16 @@ class Stack:
         self._gate_up, self._down = gate_up.unbind(), down.unbind()  # views made once
         self._down_turned = [weight.T for weight in self._down]
 
-    def __call__(self, parts: Sequence[Part], memory: Tensor) -> None:
-        """Compute all parts. Rows and answers lie in `memory`, which is flat and in the model's dtype."""
-        rows = sum(len(part.rows) for part in parts)
-        # cuBLAS pays where there are many rows; with few, all wait for the weights, and its calls take longer.
-        fixed = self.exact or rows < GROUP_BELOW * len(parts)
-        if fixed and len(parts) > FEW:
-            self._together(parts, memory, rows)
+    def __call__(self, batches: Sequence[Batch], memory: Tensor) -> None:
+        """Compute all batches. Rows and answers lie in `memory`, which is flat and in the model's dtype."""
+        rows = sum(len(batch.rows) for batch in batches)
+        parts = sum(n > 0 for batch in batches for n in batch.rows_per_slot)
+        operations = 2 * rows * (self._gate_up[0].numel() + self._down[0].numel())
+        fixed = self.exact or operations < WORTH_CALLS * parts
+        if fixed and parts > FEW:
+            self._together(sections_of(batches), memory, rows)
             return
-        for part in parts:
+        for part in parts_of(batches):
             if fixed:
                 self._fixed(part)
             else:
@@ -81,17 +114,17 @@ class Stack:
         swiglu_at(gated, n, width // 2, gate_up.dtype, hidden)
         product_at(hidden, n, down, part.answer.address)
 
-    def _together(self, parts: Sequence[Part], memory: Tensor, rows: int) -> None:
-        outputs = self.gate_up.shape[1]
-        gated = torch.empty(rows, outputs, dtype=self.gate_up.dtype, device=self.gate_up.device)
-        inward, outward, begin = [], [], 0
-        for part in parts:
-            n = len(part.rows)
-            inward.append(Section(part.slot, n, part.rows.begin, begin * outputs))
-            outward.append(Section(part.slot, n, begin * outputs // 2, part.answer.begin))
-            begin += n
-        grouped_product(memory, self.gate_up, gated.view(-1), inward)
-        grouped_product(swiglu(gated).view(-1), self.down, memory, outward)
+    def _together(self, sections: Sections, memory: Tensor, rows: int) -> None:
+        _, outputs, _ = self.gate_up.shape
+        gated = self.gate_up.new_empty(rows * outputs)
+        hidden = self.gate_up.new_empty(rows * outputs // 2)
+        begin = sections.rows.cumsum() - sections.rows
+        inward = Grouped(memory, self.gate_up, gated, sections._replace(targets=begin * outputs))
+        outward = Grouped(hidden, self.down, memory, sections._replace(sources=begin * (outputs // 2)))
+        launch_inward, launch_outward = prepare([inward, outward])
+        launch_inward()
+        swiglu_at(gated.data_ptr(), rows, outputs // 2, gated.dtype, hidden.data_ptr())
+        launch_outward()
 
 
 class Pieces:
@@ -104,9 +137,9 @@ class Pieces:
     def __init__(self, slots: Mapping[int, Expert]):
         self._slots = slots
 
-    def __call__(self, parts: Sequence[Part], memory: Tensor) -> None:
-        """Compute all parts into their answers."""
-        for part in parts:
+    def __call__(self, batches: Sequence[Batch], memory: Tensor) -> None:
+        """Compute all batches into their answers."""
+        for part in parts_of(batches):
             part.answer.tensor().copy_(self._slots[part.slot](part.rows.tensor()))
 
 

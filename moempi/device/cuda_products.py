@@ -8,9 +8,9 @@ product is the pattern).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +23,7 @@ from moempi.device.cuda_launch import current_stream
 from moempi.device.cuda_transfer import to_device
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(NamedTuple):
     """Rows and outputs of a tile, inputs of a block, and how a multiprocessor works on it."""
 
     rows: int
@@ -42,6 +41,7 @@ TILES = {
 }
 STEPS = (256, 768)  # rows up to which the first and the second tile are taken
 _GROUP = 8  # tiles of rows that share a weight's tile in the cache
+Units = tuple[int, int]  # elements in which offsets of rows and of outputs are counted
 _UNIT = 16  # bytes: offsets are counted in these where all rows are aligned to them, so that loads are wide
 
 
@@ -120,37 +120,59 @@ def product_at(source: int, rows: int, weight: Tensor, target: int, tile: Tile |
         _launch(source, weight, target, None, rows, -(-rows // tile.rows), tile, 1, 1)
 
 
-class Section(NamedTuple):
-    """R rows that meet one weight: rows [R, I] at an offset of one tensor, outputs [R, O] at one of another."""
+class Sections(NamedTuple):
+    """P times R rows that meet one weight: [R, I] at an offset of one tensor, [R, O] at one of another; [P] int64."""
 
-    weight: int  # place in the stack of weights
-    rows: int
-    source: int  # offset in elements
-    target: int
+    weights: np.ndarray  # places in the stack of weights
+    rows: np.ndarray  # R, at least 1
+    sources: np.ndarray  # offsets in elements
+    targets: np.ndarray
 
 
-def grouped_product(source: Tensor, weights: Tensor, target: Tensor, sections: Sequence[Section]) -> None:
+class Grouped(NamedTuple):
     """For every section, its rows [R, I] of `source` times its weight.T into its rows [R, O] of `target`.
 
     Args:
         source, target: flat views of the memory that the sections' offsets count in.
         weights: [S, O, I] contiguous.
     """
-    tile = tile_for(weights.dtype, max(section.rows for section in sections))
-    inputs, outputs = weights.shape[2], weights.shape[1]
-    units = _units(source, inputs, [s.source for s in sections]), _units(target, outputs, [s.target for s in sections])
-    table = tile_table(sections, tile.rows, inputs, outputs, *units)
-    on_gpu = to_device(torch.from_numpy(table), weights.device)
-    _launch(source.data_ptr(), weights, target.data_ptr(), on_gpu.data_ptr(), 0, len(table), tile, *units)
+
+    source: Tensor
+    weights: Tensor
+    target: Tensor
+    sections: Sections
+
+
+def prepare(products: Sequence[Grouped]) -> list[Callable[[], None]]:
+    """What launches each of the products, on the current stream; their tables go to the GPU in one copy."""
+    tables, launches, begin = [], [], 0
+    for source, weights, target, sections in products:
+        outputs, inputs = weights.shape[1:]
+        tile = tile_for(weights.dtype, int(sections.rows.max()))
+        units = _units(source, inputs, sections.sources), _units(target, outputs, sections.targets)
+        tables.append(tile_table(sections, tile.rows, inputs, outputs, *units))
+        launches.append((source.data_ptr(), weights, target.data_ptr(), begin, len(tables[-1]), tile, units))
+        begin += tables[-1].nbytes
+    on_gpu = to_device(torch.from_numpy(np.concatenate(tables)), products[0].weights.device)
+
+    def launch(source: int, weights: Tensor, target: int, table: int, n: int, tile: Tile, units: Units) -> None:
+        _launch(source, weights, target, on_gpu.data_ptr() + table, 0, n, tile, *units)
+
+    return [partial(launch, *arguments) for arguments in launches]
+
+
+def grouped_product(source: Tensor, weights: Tensor, target: Tensor, sections: Sections) -> None:
+    """One grouped product by itself."""
+    prepare([Grouped(source, weights, target, sections)])[0]()
 
 
 def tile_table(
-    sections: Sequence[Section], tile_rows: int, inputs: int, outputs: int, in_unit: int, out_unit: int
+    sections: Sections, tile_rows: int, inputs: int, outputs: int, in_unit: int, out_unit: int
 ) -> np.ndarray:
     """int64 [tiles, 4]: rows that are left, offset of the rows, weight, offset of the outputs; offsets in units."""
-    weights, rows, sources, targets = np.array(sections, dtype=np.int64).T
+    weights, rows, sources, targets = sections
     tiles = -(-rows // tile_rows)
-    owner = np.repeat(np.arange(len(sections)), tiles)
+    owner = np.repeat(np.arange(len(rows)), tiles)
     begin = (np.arange(len(owner)) - (tiles.cumsum() - tiles)[owner]) * tile_rows
     table = np.empty((len(owner), 4), dtype=np.int64)
     table[:, 0] = rows[owner] - begin
@@ -162,12 +184,12 @@ def tile_table(
 
 def tile_for(dtype: torch.dtype, rows: int) -> Tile:
     """The tile for a product of so many rows."""
-    return TILES[dtype][sum(rows > step for step in STEPS)]
+    return TILES[dtype][bisect_left(STEPS, rows)]
 
 
-def _units(memory: Tensor, row: int, offsets: Sequence[int]) -> int:
+def _units(memory: Tensor, row: int, offsets: np.ndarray) -> int:
     unit = _UNIT // memory.dtype.itemsize
-    aligned = memory.data_ptr() % _UNIT == 0 and row % unit == 0 and all(offset % unit == 0 for offset in offsets)
+    aligned = memory.data_ptr() % _UNIT == 0 and row % unit == 0 and not (offsets % unit).any()
     return unit if aligned else 1
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from moempi.device.cuda_launch import Kernel, float_bits
 from moempi.device.cuda_source import SOURCE
+from moempi.model.attention import AttentionPlan
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 _WIDE = 16  # bytes that a thread moves at once, where rows are aligned to them
@@ -32,6 +33,40 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.f
         values = [x.data_ptr(), weight.data_ptr(), out.data_ptr(), weight.numel() // d, d, float_bits(eps)]
         _kernel(f"rms_norm<{_NAMES[x.dtype]}, {_NAMES[dtype]}>", 6)(rows, threads, values)
     return out
+
+
+def turn_heads(
+    rows: Tensor,
+    norm: Tensor,
+    eps: float,
+    tables: tuple[Tensor, Tensor],
+    plan: AttentionPlan,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """Norm and turn the heads of queries and keys by their positions; write keys and values into the cache.
+
+    Args:
+        rows: [T, (heads + 2 kv_heads) * head_dim], queries first, then keys, then values, in the cache's dtype.
+        norm: [heads + kv_heads, head_dim] float32.
+        tables: cosines and signed sines [positions, head_dim] float32 (`moempi.model.ops.Rotary`).
+        plan: on the GPU.
+        keys: [pages, kv_heads, width, PAGE], one layer of the cache.
+        values: [pages, kv_heads, PAGE, width].
+
+    Returns:
+        Queries [T, heads, head_dim] float32.
+    """
+    n, dim = rows.shape[0], norm.shape[1]
+    kv_heads, page, width = values.shape[1:]
+    heads = norm.shape[0] - kv_heads
+    queries = torch.empty(n, heads, dim, device=rows.device)
+    if n:
+        where = plan.positions, plan.write_pages, plan.write_offsets
+        tensors = [t.data_ptr() for t in (rows, norm, *tables, *where, queries, keys, values)]
+        values_of = [*tensors, heads, kv_heads, dim, width, page, float_bits(eps)]
+        _kernel(f"turn_heads<{_NAMES[rows.dtype]}>", 16)(n, 256, values_of)
+    return queries
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -143,7 +178,7 @@ def _kernel(name: str, n_parameters: int) -> Kernel:
 def _module() -> cupy.RawModule:
     types = _NAMES.values()
     names = ["choose", "sort_pairs", "greedy"]
-    names += [f"rms_norm<{a}, {b}>" for a in types for b in types]
+    names += [f"rms_norm<{a}, {b}>" for a in types for b in types] + [f"turn_heads<{t}>" for t in types]
     for wide_float, wide_bf16 in ((4, 8), (1, 1)):
         wide = {"float": wide_float, "bf16": wide_bf16}
         names += [f"{kernel}<{t}, {wide[t]}>" for kernel in ("swiglu", "gather") for t in types]

@@ -53,6 +53,45 @@ __global__ void rms_norm(const T* x, const float* weight, O* out, integer heads,
   for (integer i = threadIdx.x; i < d; i += blockDim.x) to[i] = narrow<O>(wide(row[i]) * factor * scale[i]);
 }
 
+// One block per token, one warp per head; queries and keys are normed and turned, keys and values go into the cache.
+template <class T>
+__global__ void turn_heads(const T* rows, const float* norm, const float* cosines, const float* sines,
+                           const integer* positions, const integer* pages, const integer* offsets, float* queries,
+                           T* keys, T* values, integer heads, integer kv_heads, integer dim, integer width,
+                           integer page_size, float eps) {
+  const integer t = blockIdx.x, half = dim / 2;
+  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
+  const float* cosine = cosines + positions[t] * dim;
+  const float* sine = sines + positions[t] * dim;
+  for (integer h = threadIdx.x / 32; h < heads + 2 * kv_heads; h += warps) {
+    const T* row = rows + (t * (heads + 2 * kv_heads) + h) * dim;
+    const integer kv = (h - heads) % kv_heads, place = pages[t] * kv_heads + kv;
+    if (h >= heads + kv_heads) {
+      T* to = values + (place * page_size + offsets[t]) * width;
+      for (integer i = lane; i < dim; i += 32) to[i] = row[i];
+      continue;
+    }
+    float squares = 0.0f;
+    for (integer i = lane; i < dim; i += 32) { float v = wide(row[i]); squares = squares + v * v; }
+    const float factor = rsqrtf(warp_sum(squares) / dim + eps);
+    const float* scale = norm + h * dim;
+    for (integer i = lane; i < half; i += 32) {
+      const integer j = i + half;
+      const float low = wide(row[i]) * factor * scale[i], high = wide(row[j]) * factor * scale[j];
+      const float turned_low = low * cosine[i] + high * sine[i], turned_high = high * cosine[j] + low * sine[j];
+      if (h < heads) {
+        float* to = queries + (t * heads + h) * dim;
+        to[i] = turned_low;
+        to[j] = turned_high;
+      } else {
+        T* to = keys + place * width * page_size + offsets[t];
+        to[i * page_size] = narrow<T>(turned_low);
+        to[j * page_size] = narrow<T>(turned_high);
+      }
+    }
+  }
+}
+
 template <class T, int N>
 __global__ void swiglu(const T* gate_up, T* out, integer f) {
   const T* gate = gate_up + 2 * f * blockIdx.x;

@@ -127,7 +127,8 @@ class CudaEngine(Engine):
     def _look_at_clocks(self) -> bool:
         moved = False
         for clock in self._clocks:
-            moved = clock.look() or moved
+            if clock:
+                moved = clock.look() or moved
         return moved
 
     async def passed(self) -> None:

@@ -15,7 +15,7 @@ from moempi.model.config import ModelConfig
 CONTEXT = 704 * 2**20
 # torch's allocator takes memory in segments, which are not filled to the end.
 _SEGMENTS = 48 * 2**20
-CALL_ROWS = 65536  # most rows of an expert call
+CALL_ROWS = 65536  # most rows of an expert call, and of a message: they are computed whole
 _FLOAT32 = 4
 
 
@@ -43,9 +43,8 @@ def step_bytes(
 def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     """Bytes per token of the widest stage, with the rows that it makes."""
     d, queries = config.d_model, config.n_heads * config.head_dim
-    turned = queries + config.n_kv_heads * config.head_dim
-    # Projections, and heads in float32: normed, swapped, and multiplied by cosines and sines.
-    attention = (turned + config.n_kv_heads * config.head_dim) * dtype_bytes + 4 * turned * _FLOAT32
+    # Projections, queries in float32, and what they attend to.
+    attention = 2 * (queries + config.n_kv_heads * config.head_dim) * dtype_bytes + queries * _FLOAT32
     dense = 3 * config.dense_hidden * dtype_bytes if config.dense_layers else 0
     gate = (d + config.n_experts) * _FLOAT32 if config.moe_layers else 0
     return max(attention, dense, gate) + 2 * d * dtype_bytes

@@ -153,7 +153,7 @@ class Cluster:
 
     def counters(self) -> list[Counters]:
         """The byte counters of every node's link."""
-        return [self._read_counters(self._holders[name].pid) for name in self.names]
+        return [link_counters(self._holders[name].pid) for name in self.names]
 
     def processes(self, node: int) -> list[int]:
         """Process ids of what runs on a node."""
@@ -228,14 +228,15 @@ class Cluster:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
 
-    @staticmethod
-    def _read_counters(pid: int) -> Counters:
-        for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
-            name, _, numbers = line.partition(":")
-            if name.strip() == "eth0":
-                columns = numbers.split()
-                return Counters(sent=int(columns[8]), received=int(columns[0]))
-        raise RuntimeError("a node has no eth0")
+
+def link_counters(pid: int) -> Counters:
+    """The byte counters of the link of the node that a process runs on."""
+    for line in Path(f"/proc/{pid}/net/dev").read_text().splitlines():
+        name, _, numbers = line.partition(":")
+        if name.strip() == "eth0":
+            columns = numbers.split()
+            return Counters(sent=int(columns[8]), received=int(columns[0]))
+    raise RuntimeError("a node has no eth0")
 
 
 def _network_of(pid: int) -> str:

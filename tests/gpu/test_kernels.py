@@ -5,6 +5,7 @@ from __future__ import annotations
 import random as python_random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,10 +18,13 @@ from moempi.device import cuda_rows
 from moempi.device.cuda import Cuda
 from moempi.device.cuda_attention import attend, plan_tiles
 from moempi.device.cuda_clock import Clock
-from moempi.device.cuda_products import TILES, Section, grouped_product, product
+from moempi.device.cuda_experts import Batch, Scratch, Stack
+from moempi.device.cuda_memory import Rows
+from moempi.device.cuda_products import TILES, Sections, grouped_product, product
 from moempi.model import gate
 from moempi.model.attention import Span
 from moempi.model.cache import KVCache, pages_for
+from moempi.model.ops import Rotary, rotate
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Relative to the norm of the reference: one rounding to the dtype, and sums in float32.
@@ -190,11 +194,63 @@ def test_grouped_products_have_the_bits_of_single_ones(
     weights = draw(random, 4, outputs, inputs, dtype=dtype)
     x, y = draw(random, 400, inputs, dtype=dtype), poisoned(400, outputs, dtype=dtype)
     parts = [(2, 0, 70), (0, 70, 71), (3, 100, 230), (2, 230, 400)]
-    sections = [Section(w, hi - lo, lo * inputs, lo * outputs) for w, lo, hi in parts]
+    slots, begins, ends = np.array(parts, dtype=np.int64).T
+    sections = Sections(slots, ends - begins, begins * inputs, begins * outputs)
     grouped_product(x.view(-1), weights, y.view(-1), sections)
     for w, lo, hi in parts:
         assert torch.equal(y[lo:hi], product(x[lo:hi].contiguous(), weights[w]))
     assert y[71:100].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 9])
+@pytest.mark.parametrize("heads,kv,dim", [(4, 4, 32), (8, 2, 20), (3, 1, 16), (6, 3, 10), (32, 4, 128)])
+def test_heads_are_turned_and_written(
+    random: torch.Generator, heads: int, kv: int, dim: int, n: int, dtype: torch.dtype
+) -> None:
+    """The bits of norm, rotation and cache one after the other; nothing else of the cache is touched."""
+    rows, norm = draw(random, n, (heads + 2 * kv) * dim, dtype=dtype), draw(random, heads + kv, dim)
+    rotary, spans = Rotary(dim, 200, 1e4, Tensor.cuda), [Span(60, 60 + n, [2, 0])]
+    plan = plan_tiles(spans, heads // kv).on(torch.device("cuda"))
+    caches = [KVCache(2, kv, dim, 3 * 64, dtype, torch.device("cuda")) for _ in range(2)]
+    both, values = rows.view(n, -1, dim).split([heads + kv, kv], dim=1)
+    normed = cuda_rows.rms_norm(both, norm, 1e-6)
+    expected, keys = rotate(normed, *rotary.at(plan.positions)).split([heads, kv], dim=1)
+    caches[0].write(1, plan.write_pages, plan.write_offsets, keys, values)
+    tables = rotary.cos, rotary.sin
+    found = cuda_rows.turn_heads(rows, norm, 1e-6, tables, plan, caches[1].keys[1], caches[1].values[1])
+    assert torch.equal(found, expected)
+    assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exact", [True, False])
+def test_experts_find_the_rows_of_every_batch_and_slot(
+    random: torch.Generator, dtype: torch.dtype, exact: bool
+) -> None:
+    """Several arrivals of a layer with empty slots among them: every row meets its own expert."""
+    n_slots, d, hidden = 5, 32, 16
+    gate_up, down = draw(random, n_slots, 2 * hidden, d, dtype=dtype), draw(random, n_slots, d, hidden, dtype=dtype)
+    counts = [(3, 0, 70, 1, 0), (0, 0, 0, 0, 9), (1, 1, 1, 1, 1), (0, 2, 0, 0, 0)]
+    total = sum(map(sum, counts))
+    memory = draw(random, 2 * total, d, dtype=dtype)
+    flat, batches, slots, lo = memory.view(-1), [], [], 0
+    for per_slot in counts:
+        n = sum(per_slot)
+        batches.append(Batch(Rows(flat, lo * d, n, d), Rows(flat, (total + lo) * d, n, d), per_slot))
+        slots += [slot for slot, rows in enumerate(per_slot) for _ in range(rows)]
+        lo += n
+    stack = Stack(gate_up, down, exact=exact, scratch=Scratch())
+    for given in (batches, batches[:1], batches[3:]):  # together; few at once
+        memory[total:] = torch.nan
+        stack(given, flat)
+        for i, slot in enumerate(slots):
+            if any(b.rows.begin <= i * d < b.rows.begin + len(b.rows) * d for b in given):
+                gate, up = (gate_up[slot].double() @ memory[i].double()).chunk(2)
+                expected = down[slot].double() @ (F.silu(gate) * up)
+                assert error(memory[total + i], expected) < 4 * CLOSE[dtype]
+            else:
+                assert memory[total + i].isnan().all()
 
 
 LENGTHS = [1, 5, 63, 64, 65, 130, 200]

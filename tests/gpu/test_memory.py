@@ -21,10 +21,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "mpi"))
 
 from models import Model, difference, write_model
 
-from moempi.exchange import arrivals_cuda
 from moempi.files.outputs import read_outputs
 from moempi.job import to_toml
-from moempi.planning import gpu_memory
 from moempi.prepare import look
 
 PROGRAM = Path(__file__).parent / "programs" / "run_jobs.py"
@@ -39,10 +37,6 @@ CONFIG = {
     "max_position_embeddings": 4096, "eos_token_id": 0,
 }  # fmt: skip
 OPTIONS = {"model.dtype": "bfloat16", "run.device": "cuda", "generate.stop_at_eos": False}
-
-
-def test_calls_are_as_large_as_planned() -> None:
-    assert arrivals_cuda.MOST_ROWS == gpu_memory.CALL_ROWS
 
 
 def test_a_limit_holds_and_sequences_wait(tmp_path: Path) -> None:

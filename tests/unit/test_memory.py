@@ -271,8 +271,8 @@ def test_activations_on_a_gpu_by_hand() -> None:
         SMALL, 2, n_ranks=1, capacity=3, max_step_tokens=10, microbatches=2, arrival_budget=10**9
     )
     resident = 2 * 10 * 2 * 8 * 2
-    # Attention is widest: projections 24 + 12 + 12 in bfloat16; four times 36 in float32.
-    stage = 48 * 2 + 4 * 36 * 4 + 2 * 8 * 2
+    # Attention is widest: projections 24 + 12 + 12 and mixed values 24 in bfloat16; queries 24 in float32.
+    stage = 48 * 2 + 24 * 2 + 24 * 4 + 2 * 8 * 2
     # All 2 x 10 x 2 rows in one call, three times 12 wide.
     call = 3 * 12 * 40 * 2
     logits = 3 * 50 * (2 + 4)
