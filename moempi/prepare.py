@@ -133,7 +133,8 @@ def _measured_links(job: Job) -> Links | None:
     if job.exchange.links is None:
         return None
     found = read_links(job.exchange.links)
-    return Links(found.source, found.destination, found.latency, found.bandwidth)
+    crowd = float(np.median(found.oversubscription))
+    return Links(found.source, found.destination, found.latency, found.bandwidth, crowd)
 
 
 def look_together(

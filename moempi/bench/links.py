@@ -1,7 +1,8 @@
 """What a message takes between every two ranks: `moempi bench links`.
 
 One pair at a time sends a message to and fro while all other ranks sleep, so that what is measured is the link and
-neither the load on it nor on the processors. Times are halves of round trips: no clocks have to agree.
+neither the load on it nor on the processors. Times are halves of round trips: no clocks have to agree. Behind that, all
+ranks compute at once: how long they then take for a second of work says how they share processors.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Makes a buffer of so many bytes (uint8, flat) that MPI can send: on the host here, on a device elsewhere.
 MakeBuffer = Callable[[int], Any]
 
+_COMPUTING = 0.5  # s in which all ranks compute
 _PING, _END = 0, 1  # tags: send it back; no more of this size
 
 
@@ -63,11 +65,12 @@ def measure_links(
             for size in sizes:
                 _pong(comm, buffer[:size], source)
     meet(comm)
-    gathered = comm.gather(times, root=0)
+    gathered = comm.gather((times, _oversubscription()), root=0)
     comm.Free()
     if gathered is None:
         return None
-    return summarize({pair: row for mine in gathered for pair, row in mine.items()}, sizes, where, devices)
+    found = {pair: row for mine, _ in gathered for pair, row in mine.items()}
+    return summarize(found, sizes, where, devices, [crowd for _, crowd in gathered])
 
 
 def summarize(
@@ -75,13 +78,14 @@ def summarize(
     sizes: list[int],
     where: list[dict[str, int | str]],
     devices: list[str],
+    oversubscription: list[float],
 ) -> MeasuredLinks:
     """The measured times of pairs as a table, with latency and bandwidth. Pure.
 
     Args:
         times: s by size, of every pair (source, destination).
         where: node and host of every rank.
-        devices: of every rank.
+        devices, oversubscription: of every rank.
     """
     pairs = sorted(times)
     time = np.array([times[pair] for pair in pairs], dtype=np.float64).reshape(len(pairs), len(sizes))  # [P, S]
@@ -98,7 +102,16 @@ def summarize(
         node=np.array([rank["node"] for rank in where], dtype=np.int32),
         host=[str(rank["host"]) for rank in where],
         device=devices,
+        oversubscription=np.array(oversubscription),
     )
+
+
+def _oversubscription() -> float:
+    """Seconds per second of this rank's processor time; all ranks are to compute meanwhile."""
+    begin, used = time.perf_counter(), time.process_time()
+    while time.perf_counter() < begin + _COMPUTING:
+        pass
+    return max(1.0, (time.perf_counter() - begin) / (time.process_time() - used))
 
 
 def _ping(comm: MPI.Intracomm, message: Any, peer: int, repeats: int, limit: float) -> float:

@@ -5,6 +5,7 @@
     /time                         float64 [P, S], s, one way
     /latency, /bandwidth          float64 [P]; a message takes about latency + bytes / bandwidth
     /ranks/node, /ranks/host, /ranks/device      of every rank [N]
+    /ranks/oversubscription       float64 [N]
 
 Links are taken as alike in both directions: times are halves of round trips.
 """
@@ -45,6 +46,8 @@ class MeasuredLinks:
         node: number of the node of every rank, int32 [N].
         host: its host name [N].
         device: whose memory it sent [N]: "cpu", or a GPU with its number on the host.
+        oversubscription: seconds that a second of its computing takes while all ranks compute, float64 [N]; 1 where
+            it has a core to itself.
     """
 
     size: np.ndarray
@@ -56,6 +59,7 @@ class MeasuredLinks:
     node: np.ndarray
     host: list[str]
     device: list[str]
+    oversubscription: np.ndarray
 
     @property
     def between(self) -> np.ndarray:
@@ -76,6 +80,8 @@ def write_links(path: Path, links: MeasuredLinks) -> None:
         schema.write_column(ranks, "node", links.node, text="ranks that share memory have the same number")
         schema.write_ragged_text(ranks, "host", links.host)
         schema.write_ragged_text(ranks, "device", links.device)
+        text = "seconds that a second of computing takes while all ranks compute"
+        schema.write_column(ranks, "oversubscription", links.oversubscription, text=text)
 
 
 def read_links(path: Path) -> MeasuredLinks:
@@ -88,9 +94,11 @@ def read_links(path: Path) -> MeasuredLinks:
         columns = {name: _column(file, name, kinds, path) for name, (kinds, _, _) in _COLUMNS.items()}
         node = _column(file, "ranks/node", "iu", path)
         host = schema.read_ragged_text(file["ranks"], "host")
-        # The first of these files do not say it.
+        # The first of these files say neither of the two.
         device = schema.read_ragged_text(file["ranks"], "device") if "device" in file["ranks"] else ["cpu"] * len(node)
-    links = MeasuredLinks(**columns, node=node, host=host, device=device)
+        crowd = "ranks/oversubscription"
+        oversubscription = _column(file, crowd, "f", path) if crowd in file else np.ones(len(node))
+    links = MeasuredLinks(**columns, node=node, host=host, device=device, oversubscription=oversubscription)
     _check(links, path)
     return links
 
@@ -128,6 +136,8 @@ def _check(links: MeasuredLinks, path: Path) -> None:
         values = getattr(links, name)
         if not (np.isfinite(values) & (values > 0)).all():
             raise DataError(f"{path}: /{name} holds numbers that are not above 0")
-    for name in ("host", "device"):
+    if not (np.isfinite(links.oversubscription) & (links.oversubscription >= 1)).all():
+        raise DataError(f"{path}: /ranks/oversubscription holds numbers that are below 1")
+    for name in ("host", "device", "oversubscription"):
         if len(getattr(links, name)) != n_ranks:
-            raise DataError(f"{path}: /ranks/{name} has {len(getattr(links, name))} names; expected {n_ranks}")
+            raise DataError(f"{path}: /ranks/{name} has {len(getattr(links, name))} entries; expected {n_ranks}")

@@ -17,6 +17,7 @@ class Links:
     destination: np.ndarray  # int [P]
     latency: np.ndarray  # float [P] s, one way, of the smallest message
     bandwidth: np.ndarray  # float [P] bytes/s, of large messages
+    oversubscription: float = 1.0  # seconds that a second of a rank's computing takes while all ranks compute
 
 
 @dataclass(frozen=True)

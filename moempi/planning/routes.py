@@ -3,8 +3,10 @@
 The estimate takes experts as chosen alike and counts, for one step of every home in one layer, there and back:
 
     latency of the hops that follow one another
-    + PER_MESSAGE for each message that the busiest rank sends or receives
+    + PER_MESSAGE for each message that a rank sends or receives, and PER_PARCEL for each that it passes on
     + bytes that leave the busiest node / bandwidth between nodes
+
+The second is that of the busiest rank, or of the mean rank times the ranks that share its core, whichever is more.
 
 It leaves out what all routes have in common, what overlaps with computing, and queues. Its use is to compare.
 """
@@ -20,7 +22,9 @@ from moempi.exchange.nodes import Nodes
 from moempi.exchange.slots import LayerTable
 from moempi.planning.links import Link, Links, within_and_between
 
-PER_MESSAGE = 12e-6  # s of a core, sending or receiving: 11 to 13 us were measured in a loop like the engine's
+# Seconds of a core, as `benchmarks/host_cost.py` and `benchmarks/cluster_routes.py` find them on two slow ones.
+PER_MESSAGE = 60e-6  # sent or received
+PER_PARCEL = 300e-6  # passed on by a relay: taken apart, sent on, its answers put together
 ROUTES = ("direct", "leader", "rail")
 
 
@@ -76,13 +80,13 @@ def choose_route(wanted: str, nodes: Nodes, tables: Mapping[int, LayerTable], wo
     within, between = within_and_between(links, nodes)
     if between is None:
         return Route("direct", "exchange.links has no pair of ranks on two nodes")
-    seconds = estimate(nodes, tables, work, within or Link(0.0, np.inf), between)
+    seconds = estimate(nodes, tables, work, within or Link(0.0, np.inf), between, links.oversubscription)
     best = min(ROUTES, key=seconds.__getitem__)
     shown = ", ".join(f"{name} {seconds[name]:.3g}" for name in ROUTES)
     return Route(
         best,
         f"estimated seconds of exchange: {shown} (between nodes {between.latency * 1e6:.0f} us and "
-        f"{between.bandwidth / 1e6:.0f} MB/s)",
+        f"{between.bandwidth / 1e6:.0f} MB/s, {links.oversubscription:.1f} ranks to a core)",
     )
 
 
@@ -102,7 +106,12 @@ def steps_of_a_home(
 
 
 def estimate(
-    nodes: Nodes, tables: Mapping[int, LayerTable], work: Work, within: Link, between: Link
+    nodes: Nodes,
+    tables: Mapping[int, LayerTable],
+    work: Work,
+    within: Link,
+    between: Link,
+    oversubscription: float = 1.0,
 ) -> dict[str, float]:
     """Seconds that the exchange of a whole job takes in every route."""
     shares = find_shares(nodes, tables, work.top_k)
@@ -117,7 +126,7 @@ def estimate(
             count
             * (
                 2 * hops[name]
-                + PER_MESSAGE * busiest_messages(name, nodes, shares, tokens, work.top_k)
+                + host_seconds(name, nodes, shares, tokens, work.top_k, oversubscription)
                 + busiest_bytes(name, nodes, shares, tokens, work) / between.bandwidth
             )
             for tokens, count in work.steps
@@ -160,14 +169,24 @@ def busiest_bytes(route: str, nodes: Nodes, shares: Shares, tokens: float, work:
     return float(leaving.max())
 
 
-def busiest_messages(route: str, nodes: Nodes, shares: Shares, tokens: float, top_k: int) -> float:
-    """Messages that the busiest rank sends and receives."""
+def host_seconds(
+    route: str, nodes: Nodes, shares: Shares, tokens: float, top_k: int, oversubscription: float = 1.0
+) -> float:
+    """What messages take of the rank that has most of them, or of all ranks that share a core."""
     to_rank = np.minimum(1.0, tokens * top_k * shares.rank)  # chance that a home has any rows for it
     to_node = np.minimum(1.0, tokens * top_k * shares.node)
-    return max(_messages(route, nodes, to_rank, to_node, rank) for rank in range(nodes.n_ranks))
+    counts = [counts_of(route, nodes, to_rank, to_node, rank) for rank in range(nodes.n_ranks)]
+    seconds = [PER_MESSAGE * messages + PER_PARCEL * parcels for messages, parcels in counts]
+    return max(max(seconds), oversubscription * sum(seconds) / len(seconds))
 
 
-def _messages(route: str, nodes: Nodes, to_rank: np.ndarray, to_node: np.ndarray, rank: int) -> float:
+def counts_of(route: str, nodes: Nodes, to_rank: np.ndarray, to_node: np.ndarray, rank: int) -> tuple[float, float]:
+    """(messages that a rank sends and receives, parcels that it passes on), there and back.
+
+    Args:
+        to_rank: [N], chance that a home has rows for the rank.
+        to_node: [nodes], the same for the node.
+    """
     node = nodes.of[rank]
     mine, size = list(nodes.ranks[node]), len(nodes.ranks[node])
     far = nodes.n_ranks - size  # homes on other nodes
@@ -175,12 +194,13 @@ def _messages(route: str, nodes: Nodes, to_rank: np.ndarray, to_node: np.ndarray
     parcels = to_node.sum() - to_node[node]  # a home's messages to other nodes
     near = beside + (size - 1) * to_rank[rank]
     if route == "direct":
-        return 2 * float(near + to_rank.sum() - to_rank[mine].sum() + far * to_rank[rank])
+        return 2 * float(near + to_rank.sum() - to_rank[mine].sum() + far * to_rank[rank]), 0.0
     if route == "rail":
-        come = far / size  # parcels of so many homes come to each rank
+        come = far / size  # homes whose parcels come to this rank
         spread = come * beside + (far - come) * to_rank[rank]
-        return 2 * float(near + parcels + come * to_node[node] + spread)
+        return 2 * float(near + parcels + come * to_node[node] + spread), 2 * float(come * to_node[node])
     if rank != mine[0]:
-        return 2 * float(near + parcels + far * to_rank[rank])
+        return 2 * float(near + parcels + far * to_rank[rank]), 0.0
     collected, peers = (size - 1) * parcels, 2 * min(nodes.n_nodes - 1, size * parcels)
-    return 2 * float(near + collected + peers + far * beside)
+    passed_on = collected + far * to_node[node]
+    return 2 * float(near + collected + peers + far * beside), 2 * float(passed_on)

@@ -112,7 +112,7 @@ def _links() -> MeasuredLinks:
     node = np.array([0, 0, 1], np.int32)
     sizes, latency, bandwidth = np.array([8, 1024]), np.full(3, 1e-5), np.full(3, 1e9)
     hosts, devices = ["h0", "h0", "h1"], ["cpu"] * 3
-    return MeasuredLinks(sizes, source, destination, time, latency, bandwidth, node, hosts, devices)
+    return MeasuredLinks(sizes, source, destination, time, latency, bandwidth, node, hosts, devices, np.ones(len(node)))
 
 
 def _write_outputs(folder: Path) -> None:

@@ -34,6 +34,7 @@ def test_every_pair_is_measured_once(world: MPI.Intracomm, ranks: int) -> None:
             assert links.size.tolist() == [4**power for power in range(9)] + [100_000]
             assert links.time.shape == (len(links.source), 10) and (links.time > 0).all()
             assert (links.latency > 0).all() and (links.bandwidth > 0).all()
+            assert len(links.oversubscription) == ranks and (links.oversubscription >= 1).all()
             assert links.node.tolist() == [0] * ranks and not links.between.any()
         part.Free()
     meet(world)

@@ -277,7 +277,7 @@ def test_files_md_lists_measured_links(tmp_path: Path) -> None:
     sizes, pairs = ladder(2**26), [(a, b) for b in range(8) for a in range(b)]
     where: list[dict[str, int | str]] = [{"node": rank // 2, "host": f"n{rank:03d}"} for rank in range(8)]
     times = {pair: [1e-6 + size / 1e9 for size in sizes] for pair in pairs}
-    write_links(tmp_path / "links.h5", summarize(times, sizes, where, ["cpu"] * 8))
+    write_links(tmp_path / "links.h5", summarize(times, sizes, where, ["cpu"] * 8, [1.0] * 8))
     assert listing("Links") == names_of(tmp_path / "links.h5")
 
 

@@ -27,11 +27,12 @@ WHERE: list[dict[str, int | str]] = [
 ]
 
 DEVICES = ["NVIDIA H100 0", "NVIDIA H100 1", "cpu"]
+CROWDS = [1.0, 2.5, 1.0]
 
 
 @pytest.fixture
 def links() -> MeasuredLinks:
-    return summarize({(1, 2): OUTSIDE, (0, 1): INSIDE, (0, 2): OUTSIDE}, SIZES, WHERE, DEVICES)
+    return summarize({(1, 2): OUTSIDE, (0, 1): INSIDE, (0, 2): OUTSIDE}, SIZES, WHERE, DEVICES, CROWDS)
 
 
 def test_ladder() -> None:
@@ -70,13 +71,14 @@ def test_summary(links: MeasuredLinks) -> None:
 def test_a_file_gives_back_what_was_written(tmp_path: Path, links: MeasuredLinks) -> None:
     write_links(tmp_path / "links.h5", links)
     read = read_links(tmp_path / "links.h5")
-    for name in ("size", "source", "destination", "time", "latency", "bandwidth", "node"):
+    for name in ("size", "source", "destination", "time", "latency", "bandwidth", "node", "oversubscription"):
         found, expected = getattr(read, name), getattr(links, name)
         assert found.dtype == expected.dtype and np.array_equal(found, expected), name
     assert read.host == ["a", "a", "b"] and read.device == DEVICES
     with h5py.File(tmp_path / "links.h5", "r+") as file:
-        del file["ranks/device"]
-    assert read_links(tmp_path / "links.h5").device == ["cpu"] * 3, "the first of these files do not say it"
+        del file["ranks/device"], file["ranks/oversubscription"]
+    old = read_links(tmp_path / "links.h5")  # the first of these files say neither
+    assert old.device == ["cpu"] * 3 and old.oversubscription.tolist() == [1.0] * 3
 
 
 @pytest.mark.parametrize(
@@ -87,6 +89,8 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, links: MeasuredLinks
         ("destination", np.array([1, 2, 3]), "/destination holds 1 to 3; expected ranks below 3"),
         ("source", np.array([0.0, 0.0, 1.0]), "/source is float64 .* expected whole numbers"),
         ("bandwidth", None, "there is no dataset /bandwidth"),
+        ("ranks/oversubscription", np.array([1.0, 0.5, 1.0]), "/ranks/oversubscription holds numbers that are below 1"),
+        ("ranks/oversubscription", np.ones(2), "/ranks/oversubscription has 2 entries; expected 3"),
     ],
 )
 def test_a_damaged_file_is_refused(
@@ -116,7 +120,7 @@ def test_many_ranks_are_shown_by_nodes() -> None:
     where: list[dict[str, int | str]] = [{"node": rank // 4, "host": f"n{rank // 4}"} for rank in range(12)]
     pairs = [(a, b) for a in range(12) for b in range(a + 1, 12)]
     times = {(a, b): INSIDE if a // 4 == b // 4 else OUTSIDE for a, b in pairs}
-    many = summarize(times, SIZES, where, ["cpu"] * len(where))
+    many = summarize(times, SIZES, where, ["cpu"] * len(where), [1.0] * len(where))
     assert [line.split() for line in links_table(many)[2:]] == [
         ["0", "6", "10.0", "1000.0", "10.0", "11.0", "1010.0"],
         ["0", "-", "1", "16", "50.0", "100.0", "50.0", "60.0", "10050.0"],

@@ -60,23 +60,34 @@ def test_bytes_of_the_busiest_node_by_hand() -> None:
     assert routes.busiest_bytes("direct", NODES, shares, 100, fast) == pytest.approx(400_000)
 
 
-def test_messages_of_the_busiest_rank_by_hand() -> None:
-    shares = routes.find_shares(NODES, {3: TABLE}, 2)
+def test_messages_of_a_rank_by_hand() -> None:
     # Many tokens, so every home sends to every slot. Each dispatch has its answer: twice.
-    assert routes.busiest_messages("direct", NODES, shares, 100, 2) == 2 * (3 + 3)
+    ones = np.ones(4), np.ones(2)
+    assert routes.counts_of("direct", NODES, *ones, 0) == (2 * (3 + 3), 0)
     # Beside 1 + 1; a parcel out and one in; of the one in a part goes to the rank beside, as one comes from it.
-    assert routes.busiest_messages("rail", NODES, shares, 100, 2) == 2 * (2 + 1 + 1 + 1 + 1)
+    assert routes.counts_of("rail", NODES, *ones, 0) == (2 * (2 + 1 + 1 + 1 + 1), 2 * 1)
     # The leader: beside 2; one collected; one out and one in; two parcels spread to the rank beside.
-    assert routes.busiest_messages("leader", NODES, shares, 100, 2) == 2 * (2 + 1 + 2 + 2)
+    assert routes.counts_of("leader", NODES, *ones, 0) == (2 * (2 + 1 + 2 + 2), 2 * (1 + 2))
+    # The rank behind it: beside 2; a parcel to the leader; two parts of parcels from it.
+    assert routes.counts_of("leader", NODES, *ones, 1) == (2 * (2 + 1 + 2), 0)
+
+
+def test_ranks_that_share_a_core_wait_for_each_other() -> None:
+    shares = routes.find_shares(NODES, {3: TABLE}, 2)
+    leader, other = 14 * 60e-6 + 6 * 300e-6, 10 * 60e-6
+    assert routes.host_seconds("leader", NODES, shares, 100, 2) == pytest.approx(leader)
+    assert routes.host_seconds("leader", NODES, shares, 100, 2, 4.0) == pytest.approx(2 * leader + 2 * other)
+    assert routes.host_seconds("direct", NODES, shares, 100, 2, 4.0) == pytest.approx(4 * 12 * 60e-6)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_seconds_of_the_whole_job_by_hand(layers: int) -> None:
     tables = dict.fromkeys(range(layers), TABLE)
     seconds = routes.estimate(NODES, tables, WORK, Link(1e-6, 1e10), Link(5e-5, 1e8))
-    assert seconds["direct"] == pytest.approx(10 * layers * (2 * 5e-5 + 12 * 12e-6 + 4e5 / 1e8))
-    assert seconds["leader"] == pytest.approx(10 * layers * (2 * 5.2e-5 + 14 * 12e-6 + 2e5 * 11 / 6 / 1e8))
-    assert seconds["rail"] == pytest.approx(10 * layers * (2 * 5.1e-5 + 12 * 12e-6 + 2e5 * 11 / 6 / 1e8))
+    host = {"direct": 12 * 60e-6, "leader": 14 * 60e-6 + 6 * 300e-6, "rail": 12 * 60e-6 + 2 * 300e-6}
+    assert seconds["direct"] == pytest.approx(10 * layers * (2 * 5e-5 + host["direct"] + 4e5 / 1e8))
+    assert seconds["leader"] == pytest.approx(10 * layers * (2 * 5.2e-5 + host["leader"] + 2e5 * 11 / 6 / 1e8))
+    assert seconds["rail"] == pytest.approx(10 * layers * (2 * 5.1e-5 + host["rail"] + 2e5 * 11 / 6 / 1e8))
 
 
 # ---------------------------------------------------------------- the choice
@@ -106,6 +117,14 @@ def test_auto_takes_what_it_estimates_least(tokens: int, top_k: int, bandwidth: 
     seconds = {name: float(chosen.reason.split(f"{name} ")[1].split(" ")[0].strip(",")) for name in routes.ROUTES}
     assert chosen.name == expected == min(seconds, key=seconds.__getitem__), chosen.reason
     assert "between nodes 20 us" in chosen.reason
+
+
+def test_auto_relays_less_where_ranks_share_cores() -> None:
+    nodes, table = spread(4, 8)
+    work, found = Work(((50.0, 100.0),), 4, 2000, 2000), links(2e-5, 1e8, 32, nodes)
+    assert choose_route("auto", nodes, {3: table}, work, found).name == "rail"
+    crowded = choose_route("auto", nodes, {3: table}, work, replace(found, oversubscription=16.0))
+    assert crowded.name == "direct" and "16.0 ranks to a core" in crowded.reason
 
 
 def test_auto_needs_several_nodes_and_measured_links() -> None:
