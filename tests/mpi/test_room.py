@@ -59,8 +59,8 @@ def test_long_and_short_sequences_wait_in_two_microbatches(
     world: MPI.Intracomm, folder: Path, seed: int, ranks: int
 ) -> None:
     ranks = min(ranks, world.size)
-    # Every home gets one of 6 pages, two of 5 and one of 4 for its 10 pages. While the first is at work a microbatch has
-    # nothing to do, and the router has nothing more to say: only the other one, which ends it, can wake it.
+    # Every home gets one of 6 pages, two of 5 and one of 4 for its 10 pages. While the first is at work one microbatch
+    # has nothing to do, and the router has nothing more to say: only the other one, which ends it, can wake it.
     pages = [6] * ranks + [5] * 2 * ranks + [4] * ranks
     if world.rank == 0:
         config = random_config(random.Random(seed), 5, max_position_embeddings=6 * PAGE)
