@@ -87,7 +87,7 @@ def row_bytes(tables: Mapping[int, LayerTable], d_model: int, itemsize: int, *, 
     }
 
 
-class Turns:
+class TagCounter:
     """Tags of the messages to each peer: a counter, so that an answer finds what it is to."""
 
     _LEAST_BOUND = 2**15  # of tags, that any MPI library grants; no peer is ever owed so many answers
