@@ -26,6 +26,7 @@ from moempi.exchange.predict import RowSizes, messages_from_routes
 from moempi.exchange.predict_relays import relayed_from_routes
 from moempi.exchange.relay_plan import RELAYED, Ways
 from moempi.exchange.slots import layer_tables
+from moempi.files.init_weights import init_weights
 from moempi.files.inputs import Prompts, write_inputs
 from moempi.files.links import read_links
 from moempi.files.outputs import Outputs, read_outputs
@@ -48,15 +49,32 @@ ACKNOWLEDGEMENT = 66
 START = 30_000
 
 
-def write_job(folder: Path, new_tokens: int, stall_timeout: float = 60.0) -> Path:
-    """24 prompts of 1 to 40 tokens, and a job that takes them through tinymoe."""
+# Every token goes to all experts, one on each rank: two rows for every other node, or one by relay.
+TO_ALL = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "num_experts": RANKS,
+    "num_experts_per_tok": RANKS,
+    "max_position_embeddings": 256,
+}
+
+
+def write_job(folder: Path, new_tokens: int, stall_timeout: float = 60.0, weights: Path = TINYMOE) -> Path:
+    """24 prompts of 1 to 40 tokens, and a job that takes them through a model."""
     chance = np.random.default_rng(7)
     tokens = [chance.integers(5, 500, n, dtype=np.int32) for n in chance.integers(1, 40, 24)]
     new = np.full(24, new_tokens, dtype=np.int32)
     write_inputs(folder / "prompts.h5", Prompts([f"p{i}" for i in range(24)], tokens, None, new), {})
     (folder / "job.toml").write_text(
         f"""
-        model.weights = "{TINYMOE}"
+        model.weights = "{weights}"
         input.file = "prompts.h5"
         output = {{ file = "out.h5", commit_every = 0.2 }}
         generate.stop_at_eos = false
@@ -78,17 +96,27 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Outputs:
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    (folder / "config.json").write_text(json.dumps(TO_ALL))
+    init_weights(folder / "config.json", folder / "weights.h5", seed=3, dtype="float32")
+    return folder / "weights.h5"
+
+
+@pytest.fixture(scope="module")
+def alone(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Outputs:
     """The same job on one machine."""
-    job = write_job(tmp_path_factory.mktemp("alone"), new_tokens=12)
+    job = write_job(tmp_path_factory.mktemp("alone"), new_tokens=12, weights=weights)
     ended = run(this_program("run", str(job), "--set", "run.capacity=24"), timeout=LIMIT)
     assert ended.code == 0, ended.err
     return read_outputs(job.parent / "out.h5")
 
 
 @pytest.fixture(scope="module", params=["direct", *RELAYED])
-def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Finished:
-    job = write_job(tmp_path_factory.mktemp("cluster"), new_tokens=12)
+def finished(
+    cluster: Cluster, weights: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Finished:
+    job = write_job(tmp_path_factory.mktemp("cluster"), new_tokens=12, weights=weights)
     before = cluster.counters()
     command = this_program("run", str(job), "--json", "--set", f"exchange.route={request.param}")
     done = cluster.run(command, PER_NODE, LIMIT)
@@ -124,9 +152,11 @@ def test_links_carry_what_is_predicted(finished: Finished) -> None:
     - an ACKNOWLEDGEMENT of each message in the other direction, a packet with headers alone;
     - START for each rank of the job: connections, MPI's start, job and prompts, completions, signs of life.
 
-    Messages here hold some hundred bytes, so that the bound is a third above the rows; rows sent twice would break it.
+    Rows sent twice would break the bound. By relay a token crosses to a node once, and the links carry less than the
+    rows alone of the direct route.
     """
-    rows, messages = predicted(finished)
+    rows, messages = predicted(finished, finished.route)
+    direct, _ = predicted(finished, "direct")
     for node, carried in enumerate(finished.carried):
         out, back = messages[node].sum(), messages[:, node].sum()
         sent = HEADERS * out + ACKNOWLEDGEMENT * back + START * RANKS
@@ -134,10 +164,12 @@ def test_links_carry_what_is_predicted(finished: Finished) -> None:
         assert 0 < rows[node].sum() < carried.sent < rows[node].sum() + sent, (node, out, back)
         assert 0 < rows[:, node].sum() < carried.received < rows[:, node].sum() + received, (node, out, back)
         assert sent < rows[node].sum(), "a bound that lets everything pass"
+        if finished.route in RELAYED:
+            assert carried.sent < direct[node].sum() and carried.received < direct[:, node].sum()
 
 
-def predicted(finished: Finished) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes and messages from node to node, int64 [nodes, nodes], 0 within a node.
+def predicted(finished: Finished, route: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and messages from node to node by a route, int64 [nodes, nodes], 0 within a node.
 
     Both are pure functions of the routes; but how many parcels share a message of a relay is as the ranks counted it.
     """
@@ -146,10 +178,10 @@ def predicted(finished: Finished) -> tuple[np.ndarray, np.ndarray]:
     trace = analysis.load(finished.job.parent / "out.trace.h5")
     tables = layer_tables(shape.layout.placement)
     sizes = RowSizes(shape.config.d_model, shape.dtype.itemsize, shape.layout.piece_rows)
-    if finished.route == "direct":
+    if route == "direct":
         found = counted = messages_from_routes(trace.routes, tables, sizes)
     else:
-        found = relayed_from_routes(trace.routes, tables, sizes, Ways(finished.route, nodes), fast=False)
+        found = relayed_from_routes(trace.routes, tables, sizes, Ways(route, nodes), fast=False)
         counted = trace.traffic
     return between_nodes(found, "bytes", nodes), between_nodes(counted, "messages", nodes)
 
