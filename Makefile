@@ -137,7 +137,7 @@ launch: $(ready)-test
 
 # Not a part of `test`, which runs everywhere: nodes are network namespaces that only root can make.
 cluster: $(ready)-test
-	$(call limit,230) $(py) -m pytest -q tests/cluster
+	$(call limit,400) $(py) -m pytest -q tests/cluster
 
 # Apart from `test`: it installs packages of the distribution, and runs as root.
 slurm: $(ready)-test

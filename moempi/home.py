@@ -79,15 +79,18 @@ class Home:
                 self.draining = True
             case End():
                 self.ended = True
-        parked, self._parked = self._parked, []
-        for future in parked:
-            self.engine.notify(future)
+        self._wake()
 
     async def wait_for_news(self) -> None:
-        """Until the router has said something."""
+        """Until the router has said something, or a sequence has been taken in, by whichever microbatch."""
         future = Future()
         self._parked.append(future)
         await future
+
+    def _wake(self) -> None:
+        parked, self._parked = self._parked, []
+        for future in parked:
+            self.engine.notify(future)
 
     # ------------------------------------------------------------ steps
 
@@ -132,6 +135,7 @@ class Home:
             self._waiting.popleft()
             sequence.pages = self.cache.take(sequence.most_positions)
             min(self.resident, key=len).append(sequence)
+            self._wake()  # its microbatch may be one that had nothing to do
 
     def _tell_of_waiting(self) -> None:
         """Say once that the cache is full."""

@@ -15,7 +15,7 @@ from moempi.errors import FitError, JobError
 from moempi.exchange.nodes import Nodes, one_node, pretended
 from moempi.exchange.plan import Tags, message_pieces
 from moempi.exchange.relay_plan import RELAYED, Ways
-from moempi.exchange.slots import layer_tables
+from moempi.exchange.slots import answer_itemsize, layer_tables
 from moempi.files.placement import fits, read_placement
 from moempi.job import Job
 from moempi.model.config import PAGE, ModelConfig
@@ -207,7 +207,7 @@ def _route(
         steps=steps,
         top_k=config.top_k,
         sent=row * nbytes,
-        answered=row * (4 if cut else nbytes),
+        answered=row * answer_itemsize(cut, nbytes),
         summed=4 * row if job.model.mode == "fast" else 0,
     )
     wanted = job.exchange.route

@@ -25,7 +25,7 @@ LEAVES = (
     "receive",  # a look at the network that found something
     "poll",  # one that found nothing, while there was other work
     "control",  # messages of the router; on rank 0 the router; handing over parts of the trace
-    "exposed",  # nothing to do while own dispatches are unanswered
+    "exposed",  # nothing to do while dispatches are unanswered: own ones, and those that the rank relays
     "barrier",  # nothing to do until all ranks meet; only with exchange.lockstep
     "idle",  # nothing to do at all
 )

@@ -116,7 +116,10 @@ def _outputs(trace: Trace, outputs: Outputs) -> Iterator[str]:
     """Completions against what passed the layers and the head; where the run did all of them from their begin."""
     new, prompt = np.diff(outputs.offsets), np.diff(outputs.prompt_offsets)
     run = trace.run
-    if run.get("finished") == run.get("sequences") == len(outputs) and (outputs.finish_reason != PARTIAL).all():
+    # What a resumed run says it finished includes what the runs before it did; its trace does not.
+    alone = not run.get("earlier_finished") and not run.get("earlier_new_tokens")
+    finished = run.get("finished") == run.get("sequences") == len(outputs)
+    if alone and finished and (outputs.finish_reason != PARTIAL).all():
         # The last token of a sequence is never taken through the layers.
         passed = int((prompt + new - 1).sum())
         for layer in np.flatnonzero(trace.load.sum(axis=1)):

@@ -52,7 +52,8 @@ def coverage(trace: Trace) -> np.ndarray:
 def idle_shares(trace: Trace) -> dict[str, np.ndarray]:
     """{stage: share of the wall time} of having nothing to do, float64 [N]: exposed, barrier and idle.
 
-    exposed: own dispatches were unanswered, so this is communication, and experts elsewhere, that no work here hid.
+    exposed: dispatches were unanswered, own ones or those that the rank relays, so this is communication, and experts
+    elsewhere, that no work here hid.
     """
     return {STAGES[stage]: _share(trace, stage) for stage in (EXPOSED, BARRIER, IDLE)}
 

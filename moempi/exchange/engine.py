@@ -141,16 +141,21 @@ class Engine:
         self._ready.extend(tasks)
         self._living = len(tasks)
         self.recorder.start()
-        while self._living or self.requests:
+        while self._living:
             self.turn()
+        since = self._clock
+        self._complete(since)
         # Others may still be at it: go on serving them until all are here.
-        begin = self._clock
         self.requests.add(self._channels.barrier.Ibarrier(), lambda: None)
+        self._complete(since)
+
+    def _complete(self, since: float) -> None:
+        """Turn until no request is open; `since`: when this rank's tasks had ended, on the engine's own clock."""
         while self.requests:
             self.turn()
-            if self._clock - begin > self._limits.stall_timeout:
+            if self._clock - since > self._limits.stall_timeout:
                 raise StallError(
-                    f"rank {self.rank}: has come to its end, not all ranks have in {self._clock - begin:.1f} s "
+                    f"rank {self.rank}: has come to its end, not all ranks have in {self._clock - since:.1f} s "
                     f"(engine.stall_timeout = {self._limits.stall_timeout:g} s)"
                 )
 

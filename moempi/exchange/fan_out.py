@@ -13,7 +13,7 @@ from torch import Tensor
 from moempi.exchange.account import Account
 from moempi.exchange.arrivals import Arrival
 from moempi.exchange.engine import Engine
-from moempi.exchange.hops import Hops, Sizes, Turns
+from moempi.exchange.hops import Hops, Sizes, TagCounter
 from moempi.exchange.inbox import Inbox, Received
 from moempi.exchange.lane import Group, Lanes, Parcelled
 from moempi.exchange.relay_wire import Frame, Name, empty_return, read_parcels, return_bytes, write_fan_out
@@ -58,7 +58,7 @@ class FanOut:
         self._inbox = Inbox(onward, self._came, lambda n: n, engine.requests, self._arrived)
         self._lanes = Lanes(returns, RETURN_KIND, sizes.most_bytes, engine.requests, engine.recorder)
         self._waiting: deque[tuple[int, Frame, _Message]] = deque()
-        self._turns = Turns()
+        self._tags = TagCounter()
 
     def poll(self) -> bool:
         """Take parcels that have come and spread those that there is room for; whether there were any."""
@@ -126,7 +126,7 @@ class FanOut:
             engine.experts.add(arrival)
             engine.recorder.sent(DISPATCH_KIND, name.layer, rank, n, 0)
             return
-        tag = self._turns.next(rank)
+        tag = self._tags.next(rank)
         place, key = self._hops.fan_out.place(rank), ("fan-out", rank, tag)
         engine.expect(key, name.layer, name.microbatch, rank, n, f", relayed for rank {name.home}")
         receive = self._hops.answers.comm.Irecv(as_bytes(answers), place, tag)

@@ -10,7 +10,7 @@ from mpi4py import MPI
 from moempi.exchange.lane import Group
 from moempi.exchange.relay_plan import Ways
 from moempi.exchange.relay_wire import RowBytes
-from moempi.exchange.slots import LayerTable
+from moempi.exchange.slots import LayerTable, answer_itemsize
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class Sizes:
 
 
 def row_bytes(tables: Mapping[int, LayerTable], d_model: int, itemsize: int, *, fast: bool) -> dict[int, RowBytes]:
-    """Bytes of a row in every MoE layer: partial sums of cut experts are float32, and with them the whole layer."""
+    """Bytes of a row in every MoE layer."""
     return {
-        layer: RowBytes(d_model * itemsize, d_model * (4 if table.cut else itemsize), fast, 4 * d_model)
+        layer: RowBytes(d_model * itemsize, d_model * answer_itemsize(table.cut, itemsize), fast, 4 * d_model)
         for layer, table in tables.items()
     }
 
 
-class Turns:
+class TagCounter:
     """Tags of the messages to each peer: a counter, so that an answer finds what it is to."""
 
     _LEAST_BOUND = 2**15  # of tags, that any MPI library grants; no peer is ever owed so many answers

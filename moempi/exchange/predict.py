@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moempi.exchange.plan import header_bytes
-from moempi.exchange.slots import LayerTable
+from moempi.exchange.slots import LayerTable, answer_itemsize
 from moempi.stages import ANSWER_KIND, DISPATCH_KIND
 
 # The columns of /traffic in a trace, in the order in which its rows are sorted; then what is counted.
@@ -39,8 +39,8 @@ class RowSizes:
         return self.d_model * self.itemsize
 
     def answered(self, table: LayerTable) -> int:
-        """Bytes of a row on its way back; partial sums of cut experts are float32, and with them the whole layer."""
-        return self.d_model * (4 if table.cut else self.itemsize)
+        """Bytes of a row on its way back."""
+        return self.d_model * answer_itemsize(table.cut, self.itemsize)
 
 
 def messages_from_routes(
@@ -75,7 +75,7 @@ def _of_layer(
     routes: Mapping[str, np.ndarray], layer: int, table: LayerTable, sizes: RowSizes
 ) -> tuple[np.ndarray, np.ndarray]:
     """Dispatches and answers of one layer: two arrays [links, 7]."""
-    return direct_links(*rows_per_dispatch(routes, layer, table), layer, table, sizes)
+    return direct_links(*rows_per_dispatch(*rows_of_layer(routes, layer, table), table), layer, table, sizes)
 
 
 def direct_links(
@@ -94,13 +94,15 @@ def direct_links(
 
 
 def rows_per_dispatch(
-    routes: Mapping[str, np.ndarray], layer: int, table: LayerTable
+    homes: np.ndarray, token: np.ndarray, slot: np.ndarray, table: LayerTable
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(source, destination, rows), int64 [M]: what each dispatch of a layer brings to each rank that it goes to.
 
     A dispatch is what one home sends in one (step, microbatch); it may go to its own rank too.
+
+    Args:
+        homes, token, slot: as of `rows_of_layer`, or some of its rows.
     """
-    homes, token, slot = rows_of_layer(routes, layer, table)
     keys = np.concatenate([homes[:, token], table.rank[slot][None]])
     found, rows = np.unique(keys, axis=1, return_counts=True)
     return found[0], found[3], rows.astype(np.int64)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moempi.exchange.nodes import Nodes
-from moempi.exchange.predict import RowSizes, add_up, as_columns, direct_links, rows_of_layer
+from moempi.exchange.predict import RowSizes, add_up, as_columns, direct_links, rows_of_layer, rows_per_dispatch
 from moempi.exchange.relay_plan import Ways, parcel_rows
 from moempi.exchange.relay_wire import RowBytes, fan_out_header, parcel_bytes, return_bytes, return_rows
 from moempi.exchange.slots import LayerTable
@@ -59,7 +59,9 @@ def relayed_from_routes(
         homes, token, slot = rows_of_layer(routes, layer, table)
         of = np.array(ways.nodes.of)
         far = of[homes[0][token]] != of[table.rank[slot]]
-        links += _near(homes, token[~far], slot[~far], layer, table, sizes)
+        # What stays on its node goes straight to its rank.
+        near = direct_links(*rows_per_dispatch(homes, token[~far], slot[~far], table), layer, table, sizes)
+        links += [link[:, :6] for link in near]
         most_rows = parcel_rows(sizes.most_rows, table, routes["experts"].shape[1])
         parcels = _parcels(homes, token[far], slot[far], table, ways, most_rows)
         links += [*_between(parcels, layer, row, ways), *_within(parcels, layer, table, row, ways)]
@@ -73,15 +75,6 @@ def _merged(each: list[np.ndarray]) -> np.ndarray:
     totals = np.zeros((len(named), links.shape[1] - 4), dtype=np.int64)
     np.add.at(totals, place.ravel(), links[:, 4:])
     return np.concatenate([named, totals], axis=1)
-
-
-def _near(
-    homes: np.ndarray, token: np.ndarray, slot: np.ndarray, layer: int, table: LayerTable, sizes: RowSizes
-) -> list[np.ndarray]:
-    """What stays on its node goes straight to its rank."""
-    keys = np.concatenate([homes[:, token], table.rank[slot][None]])
-    found, rows = np.unique(keys, axis=1, return_counts=True)
-    return [links[:, :6] for links in direct_links(found[0], found[3], rows, layer, table, sizes)]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from moempi.exchange.arrivals import Arrival
 from moempi.exchange.engine import Engine
 from moempi.exchange.fan_out import FanOut
 from moempi.exchange.forwarder import Done, Forwarder
-from moempi.exchange.hops import Hops, Sizes, Turns
+from moempi.exchange.hops import Hops, Sizes, TagCounter
 from moempi.exchange.inbox import Inbox, Received
 from moempi.exchange.plan import DispatchPlan, Message
 from moempi.exchange.relay_plan import Parcel, Ways, pack_parcels, parcel_rows, split_by_node
@@ -50,7 +50,7 @@ class Relay:
 
     def __init__(self, engine: Engine, ways: Ways, hops: Hops, sizes: Sizes) -> None:
         self._engine, self._ways, self._hops, self._sizes = engine, ways, hops, sizes
-        self._turns = Turns()
+        self._tags = TagCounter()
         self._fan_outs = Inbox(hops.fan_out, engine.arrivals, self._weigh, engine.requests, self._arrived)
         self._forwarder: Forwarder | None = None
         self._fan_out: FanOut | None = None
@@ -119,7 +119,7 @@ class Relay:
     def _send_to_relay(self, relay: int, sent: Sent, frame: np.ndarray) -> None:
         """To the leader; the receive for what comes back is posted first."""
         engine, hops, layer = self._engine, self._hops, sent.name.layer
-        tag, place = self._turns.next(relay), hops.collect.place(relay)
+        tag, place = self._tags.next(relay), hops.collect.place(relay)
         n = return_rows(len(sent.parcel.tokens), len(sent.parcel.places), self._sizes.rows[layer])
         reserved = np.empty(n * self._sizes.returned_width(layer), dtype=np.uint8)
         request = hops.deliver.comm.Irecv(reserved, place, tag)

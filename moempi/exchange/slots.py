@@ -47,6 +47,16 @@ class LayerTable:
         return self.cover_of[experts, turn % self.n_replicas[experts]]
 
 
+def answer_itemsize(cut: bool, itemsize: int) -> int:
+    """Bytes of a number on its way back: partial sums of cut experts are float32, and with them the whole layer.
+
+    Args:
+        cut: of the layer's table.
+        itemsize: bytes of a number in the model's dtype.
+    """
+    return 4 if cut else itemsize
+
+
 def layer_tables(placement: Placement) -> dict[int, LayerTable]:
     """The table of every MoE layer of a placement that `check_placement` has passed."""
     return {layer: _layer_table(placement, layer) for layer in placement.layers}

@@ -73,8 +73,9 @@ def write_part(path: Path, rank: int, number: int, arrays: Mapping[str, np.ndarr
         path: the trace that the part belongs to.
         number: counts this rank's parts, from 1.
         arrays: from `Recorder.take`.
-        about: `Recorder.describe`, and what is known when the job starts: `mode`, `job` (JSON text), `start`, `offset`
-            `error` and `at` of this rank's clock. It makes the parts readable when the job never gets to merge them.
+        about: `Recorder.describe`, and what is known when the job starts: `mode`, `cut_layers`, `job` (JSON text),
+            `start`, `offset` and `error` of this rank's clock (ns). It makes the parts readable when the job never gets
+            to merge them.
 
     Raises:
         DataError: it cannot be written.

@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +21,12 @@ from emulation import Cluster, Counters, missing
 from ranks import Ended, Running, alive, run
 
 from moempi import analysis
+from moempi.exchange.nodes import Nodes
 from moempi.exchange.predict import RowSizes, messages_from_routes
+from moempi.exchange.predict_relays import relayed_from_routes
+from moempi.exchange.relay_plan import RELAYED, Ways
 from moempi.exchange.slots import layer_tables
+from moempi.files.init_weights import init_weights
 from moempi.files.inputs import Prompts, write_inputs
 from moempi.files.links import read_links
 from moempi.files.outputs import Outputs, read_outputs
@@ -45,15 +49,32 @@ ACKNOWLEDGEMENT = 66
 START = 30_000
 
 
-def write_job(folder: Path, new_tokens: int, stall_timeout: float = 60.0) -> Path:
-    """24 prompts of 1 to 40 tokens, and a job that takes them through tinymoe."""
+# Every token goes to all experts, one on each rank: two rows for every other node, or one by relay.
+TO_ALL = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 2,
+    "hidden_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 512,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "num_experts": RANKS,
+    "num_experts_per_tok": RANKS,
+    "max_position_embeddings": 256,
+}
+
+
+def write_job(folder: Path, new_tokens: int, stall_timeout: float = 60.0, weights: Path = TINYMOE) -> Path:
+    """24 prompts of 1 to 40 tokens, and a job that takes them through a model."""
     chance = np.random.default_rng(7)
     tokens = [chance.integers(5, 500, n, dtype=np.int32) for n in chance.integers(1, 40, 24)]
     new = np.full(24, new_tokens, dtype=np.int32)
     write_inputs(folder / "prompts.h5", Prompts([f"p{i}" for i in range(24)], tokens, None, new), {})
     (folder / "job.toml").write_text(
         f"""
-        model.weights = "{TINYMOE}"
+        model.weights = "{weights}"
         input.file = "prompts.h5"
         output = {{ file = "out.h5", commit_every = 0.2 }}
         generate.stop_at_eos = false
@@ -67,26 +88,43 @@ def write_job(folder: Path, new_tokens: int, stall_timeout: float = 60.0) -> Pat
 
 
 class Finished(NamedTuple):
-    """A job that ran on the cluster, what each node's link carried meanwhile, and the same job on one machine."""
+    """A job that ran on the cluster by one route, and what each node's link carried meanwhile."""
 
     job: Path
+    route: str
     carried: list[Counters]
-    alone: Outputs
 
 
 @pytest.fixture(scope="module")
-def finished(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    job = write_job(tmp_path_factory.mktemp("alone"), new_tokens=12)
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    (folder / "config.json").write_text(json.dumps(TO_ALL))
+    init_weights(folder / "config.json", folder / "weights.h5", seed=3, dtype="float32")
+    return folder / "weights.h5"
+
+
+@pytest.fixture(scope="module")
+def alone(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Outputs:
+    """The same job on one machine."""
+    job = write_job(tmp_path_factory.mktemp("alone"), new_tokens=12, weights=weights)
     ended = run(this_program("run", str(job), "--set", "run.capacity=24"), timeout=LIMIT)
     assert ended.code == 0, ended.err
-    alone = read_outputs(job.parent / "out.h5")
+    return read_outputs(job.parent / "out.h5")
 
-    job = write_job(tmp_path_factory.mktemp("cluster"), new_tokens=12)
+
+@pytest.fixture(scope="module", params=["direct", *RELAYED])
+def finished(
+    cluster: Cluster, weights: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Finished:
+    job = write_job(tmp_path_factory.mktemp("cluster"), new_tokens=12, weights=weights)
     before = cluster.counters()
-    done = cluster.run(this_program("run", str(job), "--json"), PER_NODE, LIMIT)
+    command = this_program("run", str(job), "--json", "--set", f"exchange.route={request.param}")
+    done = cluster.run(command, PER_NODE, LIMIT)
     assert done.code == 0, done.err
-    assert json.loads(done.out)["ranks"] == RANKS
-    return Finished(job, [new - old for new, old in zip(cluster.counters(), before, strict=True)], alone)
+    outcome = json.loads(done.out)
+    assert (outcome["ranks"], outcome["nodes"], outcome["route"]) == (RANKS, NODES, request.param)
+    carried = [new - old for new, old in zip(cluster.counters(), before, strict=True)]
+    return Finished(job, request.param, carried)
 
 
 def test_mpi_sees_the_nodes(finished: Finished, cluster: Cluster) -> None:
@@ -95,11 +133,11 @@ def test_mpi_sees_the_nodes(finished: Finished, cluster: Cluster) -> None:
     assert [rank["host"] for rank in ranks] == [cluster.names[rank // PER_NODE] for rank in range(RANKS)]
 
 
-def test_the_bits_are_those_of_one_machine(finished: Finished) -> None:
+def test_the_bits_are_those_of_one_machine(finished: Finished, alone: Outputs) -> None:
     found = read_outputs(finished.job.parent / "out.h5")
-    assert found.ids == finished.alone.ids and len(found) == 24
+    assert found.ids == alone.ids and len(found) == 24
     for name in ("offsets", "tokens", "logprobs", "finish_reason"):
-        assert getattr(found, name).tobytes() == getattr(finished.alone, name).tobytes(), name
+        assert getattr(found, name).tobytes() == getattr(alone, name).tobytes(), name
 
 
 def test_nodes_of_one_kernel_have_one_clock(finished: Finished) -> None:
@@ -114,9 +152,11 @@ def test_links_carry_what_is_predicted(finished: Finished) -> None:
     - an ACKNOWLEDGEMENT of each message in the other direction, a packet with headers alone;
     - START for each rank of the job: connections, MPI's start, job and prompts, completions, signs of life.
 
-    Messages here hold some hundred bytes, so that the bound is a third above the rows; rows sent twice would break it.
+    Rows sent twice would break the bound. By relay a token crosses to a node once, and the links carry less than the
+    rows alone of the direct route.
     """
-    rows, messages = predicted(finished.job)
+    rows, messages = predicted(finished, finished.route)
+    direct, _ = predicted(finished, "direct")
     for node, carried in enumerate(finished.carried):
         out, back = messages[node].sum(), messages[:, node].sum()
         sent = HEADERS * out + ACKNOWLEDGEMENT * back + START * RANKS
@@ -124,20 +164,34 @@ def test_links_carry_what_is_predicted(finished: Finished) -> None:
         assert 0 < rows[node].sum() < carried.sent < rows[node].sum() + sent, (node, out, back)
         assert 0 < rows[:, node].sum() < carried.received < rows[:, node].sum() + received, (node, out, back)
         assert sent < rows[node].sum(), "a bound that lets everything pass"
+        if finished.route in RELAYED:
+            assert carried.sent < direct[node].sum() and carried.received < direct[:, node].sum()
 
 
-def predicted(job: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Bytes and messages from node to node, int64 [nodes, nodes], 0 within a node: a pure function of the routes."""
-    shape = look(load_job(job), RANKS).shape
-    trace = analysis.load(job.parent / "out.trace.h5")
+def predicted(finished: Finished, route: str) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes and messages from node to node by a route, int64 [nodes, nodes], 0 within a node.
+
+    Both are pure functions of the routes; but how many parcels share a message of a relay is as the ranks counted it.
+    """
+    nodes = Nodes(tuple(rank // PER_NODE for rank in range(RANKS)))
+    shape = look(load_job(finished.job), RANKS, nodes).shape
+    trace = analysis.load(finished.job.parent / "out.trace.h5")
+    tables = layer_tables(shape.layout.placement)
     sizes = RowSizes(shape.config.d_model, shape.dtype.itemsize, shape.layout.piece_rows)
-    found = messages_from_routes(trace.routes, layer_tables(shape.layout.placement), sizes)
-    node = np.array([rank["node"] for rank in trace.ranks])
-    tables = np.zeros((2, NODES, NODES), dtype=np.int64)
-    for table, column in zip(tables, ("bytes", "messages"), strict=True):
-        np.add.at(table, (node[found["source"]], node[found["destination"]]), found[column])
-        np.fill_diagonal(table, 0)
-    return tables[0], tables[1]
+    if route == "direct":
+        found = counted = messages_from_routes(trace.routes, tables, sizes)
+    else:
+        found = relayed_from_routes(trace.routes, tables, sizes, Ways(route, nodes), fast=False)
+        counted = trace.traffic
+    return between_nodes(found, "bytes", nodes), between_nodes(counted, "messages", nodes)
+
+
+def between_nodes(links: Mapping[str, np.ndarray], column: str, nodes: Nodes) -> np.ndarray:
+    """Totals of a column from node to node, int64 [nodes, nodes], 0 within a node."""
+    of, table = np.array(nodes.of), np.zeros((NODES, NODES), dtype=np.int64)
+    np.add.at(table, (of[links["source"]], of[links["destination"]]), links[column])
+    np.fill_diagonal(table, 0)
+    return table
 
 
 # ---------------------------------------------------------------- links

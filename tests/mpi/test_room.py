@@ -7,11 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
-from layouts import Layout, job_of
+from layouts import Layout, job_of, run_all
 from models import Model, difference, random_config, write_model
 from mpi4py import MPI
 
 from moempi.files.outputs import read_outputs
+from moempi.model.config import PAGE
 from moempi.mpi import meet
 from moempi.prepare import look
 from moempi.run import run
@@ -50,4 +51,26 @@ def test_sequences_wait_for_room(
             expected = read_outputs(folder / "free.h5")
             assert len(expected) == PROMPTS and not difference(expected, folder / "held.h5")
         part.Free()
+    meet(world)
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_long_and_short_sequences_wait_in_two_microbatches(
+    world: MPI.Intracomm, folder: Path, seed: int, ranks: int
+) -> None:
+    ranks = min(ranks, world.size)
+    # Every home gets one of 6 pages, two of 5 and one of 4 for its 10 pages. While the first is at work one microbatch
+    # has nothing to do, and the router has nothing more to say: only the other one, which ends it, can wake it.
+    pages = [6] * ranks + [5] * 2 * ranks + [4] * ranks
+    if world.rank == 0:
+        config = random_config(random.Random(seed), 5, max_position_embeddings=6 * PAGE)
+        write_model(folder, config, seed, [PAGE * n - 4 for n in pages], 4)
+    meet(world)
+    options = {"run.capacity": 4, "run.microbatches": 2}
+    model = Model(folder / "weights.h5", folder / "inputs.h5", options, f"seed {seed}")
+    layouts = [Layout(ranks), Layout(ranks, {"memory.kv_tokens": 10 * PAGE})]
+    free, held = run_all(world, model, layouts, folder)
+    if world.rank == 0:
+        expected = read_outputs(free.job.output.file)
+        assert len(expected) == 4 * ranks and not difference(expected, held.job.output.file)
     meet(world)

@@ -182,6 +182,26 @@ def test_the_table_of_exit_codes_is_that_of_the_code() -> None:
     assert sorted(map(int, rows)) == sorted(known)
 
 
+def test_the_numbers_of_the_engine_are_those_of_the_code() -> None:
+    from moempi.exchange import engine
+
+    section = (ROOT / "docs/architecture.md").read_text().split("## The engine")[1].split("\n## ")[0]
+    options = {name: default for name, default, _, _ in describe_options()}
+    said = [
+        f"{engine.EMPTY_POLLS} looks with `sched_yield` ({milliseconds(engine.SPIN)} of looks where",
+        f"double from {1e6 * engine.SHORTEST_SLEEP:g} us to {milliseconds(engine.LONGEST_SLEEP)}",
+        f"({milliseconds(engine.LONGEST_IDLE_SLEEP)} where no request is open)",
+        f"each sleep is of {milliseconds(engine.LONGEST_RUNG_SLEEP)}, or",
+        f"control messages once in {milliseconds(engine.SERVICE_INTERVAL)}",
+        f"`engine.slice` ({milliseconds(float(options['engine.slice']))})",
+    ]
+    assert not [one for one in said if one not in " ".join(section.split())]
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:g} ms"
+
+
 def test_the_glossary_is_sorted_and_defines_a_word_once() -> None:
     words = re.findall(r"^\| \*\*(.+?)\*\* \|", (ROOT / "docs/glossary.md").read_text(), re.MULTILINE)
     assert len(words) > 30

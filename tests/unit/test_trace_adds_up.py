@@ -204,8 +204,18 @@ def outputs_of(prompts: list[int], new: list[int]) -> Outputs:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Layer 1 is the MoE layer; each token goes to experts 0 (rank 0) and 3 (rank 1)."""
-    path, lengths = tmp_path / "t.h5", [4, 3]
+    """Of a job that was not resumed."""
+    return Run(write_trace(tmp_path, [4, 3]), outputs_of([3, 1], [2, 3]))
+
+
+def write_trace(folder: Path, lengths: list[int], **measured: int) -> Path:
+    """Layer 1 is the MoE layer; each token goes to experts 0 (rank 0) and 3 (rank 1).
+
+    Args:
+        lengths: tokens of each rank's sequence that pass the layer; 2 of rank 0 and 3 of rank 1 at most are chosen.
+        measured: what the run says of itself, beside its 2 sequences with 5 new tokens.
+    """
+    path = folder / "t.h5"
     for rank, other in ((0, 1), (1, 0)):
         notes, n = started("routes", rank), lengths[rank]
         for step in range(n):
@@ -222,13 +232,13 @@ def run(tmp_path: Path) -> Run:
             notes.received(DISPATCH_KIND, 1, other, 1, 32)
             notes.sent(ANSWER_KIND, 1, other, 1, 32)
         notes.lap(EXPERT, 1, tokens=sum(lengths))
-        notes.lap(HEAD, tokens=(2, 3)[rank])
+        notes.lap(HEAD, tokens=min(n, (2, 3)[rank]))
         about = {**notes.describe(), "mode": "exact", "start": 0, "offset": 0, "error": 0}
         write_part(path, rank, 1, notes.take(), about)
     clocks = between(0, np.zeros((N, 3), np.int64), np.zeros((N, 3), np.int64))
-    meta = {**notes.describe(), "finished": 2, "sequences": 2, "new_tokens": 5, "cut_layers": []}
+    meta = {**notes.describe(), "finished": 2, "sequences": 2, "new_tokens": 5, "cut_layers": [], **measured}
     merge_trace(path, "{}", {}, clocks, [{"node": 0}, {"node": 1}], meta)
-    return Run(path, outputs_of([3, 1], [2, 3]))
+    return path
 
 
 def test_a_trace_that_adds_up(run: Run) -> None:
@@ -270,6 +280,15 @@ def test_completions_of_another_length_are_named(run: Run) -> None:
         "layer 1: 7 tokens passed it, the completions need 8",
         "sequence 1: 3 tokens passed layer 1, its completion needs 4",
     ]
+
+
+def test_a_resumed_run_that_finished_is_compared_with_what_it_did_itself(tmp_path: Path) -> None:
+    # An earlier run finished the first sequence: no token of it passed a layer in this one.
+    path = write_trace(tmp_path, [0, 3], earlier_finished=1, earlier_new_tokens=2)
+    resumed = Run(path, outputs_of([3, 1], [2, 3]))
+    assert resumed.disagreements() == []
+    resumed.outputs = outputs_of([3, 1], [2, 4])
+    assert resumed.disagreements() == ["sequence 1: 3 tokens passed layer 1, its completion needs 4"]
 
 
 def test_rows_that_no_expert_computed_are_named(run: Run) -> None:

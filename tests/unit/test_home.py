@@ -1,0 +1,76 @@
+"""A home's microbatches where the KV cache is short, stepped by a loop of plain Python: who takes what in, and when."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from moempi.batch import Step
+from moempi.exchange.tasks import PAUSE, Future, Task
+from moempi.generate import generate
+from moempi.home import Home
+from moempi.model.cache import KVCache
+from moempi.model.config import PAGE
+from moempi.recorder import Recorder
+from moempi.router.messages import Assignment, Done, End, ToRouter, Work
+
+
+class Loop:
+    """What a home needs of an engine: tasks go on one after the other, and parked ones once they are notified."""
+
+    rank = 0
+
+    def __init__(self) -> None:
+        self.ready: deque[Task] = deque()
+        self.recorder = Recorder("summary", 0, 1, 1, 1, 1)
+        self.recorder.start()
+
+    def notify(self, future: Future) -> None:
+        assert future.task is not None
+        self.ready.append(future.task)
+
+    def run(self) -> None:
+        """Until no task can go on."""
+        while self.ready:
+            task = self.ready.popleft()
+            try:
+                waiting = task.send(None)
+            except StopIteration:
+                continue
+            if waiting is PAUSE:
+                self.ready.append(task)
+            else:
+                waiting.task = task
+
+
+async def forward(step: Step) -> tuple[list[int], list[float]]:
+    """Choose token 1 for every sequence, after the other microbatches have had their turn."""
+    await PAUSE
+    return [1] * len(step.choosing), [0.0] * len(step.choosing)
+
+
+def test_a_sequence_taken_in_for_a_microbatch_without_any_wakes_it() -> None:
+    loop, told = Loop(), list[ToRouter]()
+    cache = KVCache(1, 1, 2, 10 * PAGE, torch.float32)
+    home = Home(
+        loop,  # type: ignore[arg-type]
+        cache,
+        capacity=4,
+        n_microbatches=2,
+        budget=1000,
+        group=1,
+        eos_tokens=(),
+        tell=told.append,
+    )
+    # Of 10 pages the first takes 6 and leaves room for the last alone, which waits behind the others: microbatch 1 has
+    # nothing to do. When the first ends, microbatch 0 takes in two of 5 pages, one of them for microbatch 1.
+    pages = [6, 5, 5, 4]
+    home.hear(Work([Assignment(i, [2] * (PAGE * n - 1), PAGE * n - 1, 2, []) for i, n in enumerate(pages)]))
+    loop.ready.extend(generate(home, forward, m) for m in range(2))  # type: ignore[arg-type]
+    loop.run()
+    done = [c.index for message in told if isinstance(message, Done) for c in message.completions]
+    assert sorted(done) == [0, 1, 2, 3]
+    assert cache.has_room(10 * PAGE)
+    home.hear(End())
+    loop.run()
