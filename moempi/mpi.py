@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from moempi.errors import EXIT_COMMITTED, EXIT_FAILED, EXIT_INTERRUPTED, JobError, MoempiError
+from moempi.errors import EXIT_COMMITTED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KILLED, JobError, MoempiError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -247,7 +247,8 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, MoempiError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED
+        # The second of two ends a drain that was to commit.
+        return EXIT_KILLED if signals.requested else EXIT_INTERRUPTED
     if isinstance(error, SystemExit):
         return 0 if error.code is None else error.code if isinstance(error.code, int) else EXIT_FAILED
     return EXIT_FAILED

@@ -119,6 +119,11 @@ def test_consent_is_given_for_root_only() -> None:
         (75, signal.SIGTERM, 75),
         (3, signal.SIGTERM, 3),
         (75, signal.SIGINT, 130),
+        (-signal.SIGUSR1, signal.SIGINT, 130),
+        # Nothing was stopped early and committed: it was done, failed, or had to be killed.
+        (0, signal.SIGINT, 0),
+        (3, signal.SIGINT, 3),
+        (137, signal.SIGINT, 137),
         (-9, None, 137),
         # The signal that was passed on came before mpirun, or a rank, could take it.
         (-signal.SIGUSR1, signal.SIGUSR1, 75),
@@ -170,7 +175,7 @@ def test_guard_shows_where_a_bug_is(capsys: pytest.CaptureFixture, monkeypatch: 
     assert told.startswith("moempi: error: ValueError: boom\nTraceback") and "raise_it" in told
 
 
-def test_drain_notes_and_a_second_interrupt_interrupts() -> None:
+def test_drain_notes_and_a_second_interrupt_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     drain = mpi.Drain()
     assert not drain.requested
     before = signal.getsignal(signal.SIGINT)
@@ -178,7 +183,10 @@ def test_drain_notes_and_a_second_interrupt_interrupts() -> None:
         drain.install(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert drain.requested and drain.exit_code == 130
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as second:
             signal.raise_signal(signal.SIGINT)
+        assert mpi.exit_code_of(second.value) == 130, "no drain of this program was asked for"
+        monkeypatch.setattr(mpi, "signals", drain)
+        assert mpi.exit_code_of(second.value) == 137
     finally:
         signal.signal(signal.SIGINT, before)
