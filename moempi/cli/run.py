@@ -89,7 +89,7 @@ def run(
         words += [flag for flag, on in given.items() if on]
         words += ["--log-dir", str(log_dir)] if log_dir else []
         what = "" if quiet else f"{plural(ranks, 'rank')} for {job}"
-        return _launch(words, ranks, checked, mpirun, what, requeue=requeue)
+        return _launch(words, ranks, checked, mpirun, what, requeue=requeue, fresh=how["overwrite"])
     return _run_here(checked, Shown(as_json, quiet, log_dir), **how)
 
 
@@ -109,7 +109,9 @@ def _look_through(job: Job) -> None:
     check_in_child(job.files_to_read())
 
 
-def _launch(arguments: list[str], ranks: int, job: Job, mpirun: str | None, what: str, *, requeue: bool) -> int:
+def _launch(
+    arguments: list[str], ranks: int, job: Job, mpirun: str | None, what: str, *, requeue: bool, fresh: bool
+) -> int:
     from moempi.launch import find_mpirun, launch, this_program
     from moempi.slurm.requeue import Turn
 
@@ -119,7 +121,7 @@ def _launch(arguments: list[str], ranks: int, job: Job, mpirun: str | None, what
     # The ranks write into pipes: only this process knows of the terminal behind them, and when it all began.
     os.environ[TERMINAL] = terminal_for_ranks(sys.stderr, os.environ)
     os.environ[BEGAN] = repr(time.time())
-    turn = Turn(job.output.file) if requeue else None
+    turn = Turn(job.output.file, fresh=fresh) if requeue else None
     code = launch(this_program(*arguments), ranks, job.run.grace, mpirun, mpi.signals)
     if turn is not None:
         turn.end(code)

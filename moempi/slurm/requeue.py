@@ -16,18 +16,22 @@ from moempi.slurm import scheduler
 class Turn:
     """One attempt of a batch job, from the start of `moempi run --requeue` to its end.
 
+    Args:
+        output: of the run.
+        fresh: it replaces what an earlier run left there, which is no measure of its progress and may be damaged.
+
     Raises:
         JobError: this process is not in a job of Slurm.
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, *, fresh: bool = False) -> None:
         job_id = os.environ.get("SLURM_JOB_ID")
         if job_id is None:
             raise JobError("--requeue is for batch jobs of Slurm, and this is none (SLURM_JOB_ID is not set)")
         self._id, self._output = scheduler.check_id(job_id), output
         # The turn before may have been killed on another node a moment ago.
         outwait(output)
-        self._before = committed(output)
+        self._before = Committed() if fresh else committed(output)
 
     def end(self, code: int) -> None:
         """Ask for another turn if this one was stopped early and got somewhere; says what it does, and why."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from moempi.cli.status import status
 from moempi.cli.submit import submit
 from moempi.errors import DataError, FitError, JobError
 from moempi.files.committed import Committed
-from moempi.slurm import scheduler
+from moempi.slurm import requeue, scheduler
 from moempi.slurm.binding import hidden_gpus
 from moempi.slurm.place import Submitted, folder_of, record, submissions
 from moempi.slurm.request import Needs, Request, estimate, resolve, tasks_per_node
@@ -292,6 +294,32 @@ def test_requeue_needs_a_batch_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(JobError, match="SLURM_JOB_ID is not set"):
         Turn(tmp_path / "out.h5")
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Ids that Slurm was asked to requeue; this process is in the running job 7."""
+    asked: list[str] = []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(scheduler, "states", lambda ids: [])
+    monkeypatch.setattr(scheduler, "requeue", asked.append)
+    before = signal.getsignal(signal.SIGUSR1)
+    yield asked
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_a_run_replaces_is_no_measure_of_its_progress(
+    requeued: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.h5"
+    output.write_bytes(b"damaged")
+    with pytest.raises(DataError):
+        Turn(output)
+    turn = Turn(output, fresh=True)
+    # Less than a finished run has, and more than nothing.
+    monkeypatch.setattr(requeue, "committed", lambda path: Committed(9, 0, 2, 5))
+    turn.end(75)
+    assert requeued == ["7"]
 
 
 @pytest.mark.parametrize(
