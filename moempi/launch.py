@@ -55,7 +55,8 @@ def launch(
         grace: seconds that a drain may take.
         mpirun: the command that starts ranks, with options of its own if it needs any; by default MOEMPI_MPIRUN,
             then the one beside this Python, then the one on PATH.
-        drain: set by a signal that came before this function was called: then nothing is started.
+        drain: set by a signal that came before this function was called: then nothing is started. Afterwards it has
+            the last signal that came.
 
     Returns:
         75 after a drain, 130 where SIGINT asked for it; 137 where the ranks had to be killed; otherwise mpirun's exit
@@ -71,8 +72,10 @@ def launch(
         if drain is not None and drain.requested:
             _say("moempi: told to stop before any rank was started")
             return drain.exit_code
-        process = _start(line)
-        return _watch(process, received, grace)
+        code = _watch(_start(line), received, grace)
+        if drain is not None and received:
+            drain.signal = received[-1][0]
+        return code
 
 
 # --- which mpirun, with which options --------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ def _launch(
     turn = Turn(job.output.file, fresh=fresh) if requeue else None
     code = launch(this_program(*arguments), ranks, job.run.grace, mpirun, mpi.signals)
     if turn is not None:
-        turn.end(code)
+        turn.end(code, mpi.signals.signal)
     return code
 
 

@@ -147,6 +147,14 @@ def test_told_to_stop_beforehand_it_starts_nothing(tmp_path: Path) -> None:
     assert started.exists()
 
 
+def test_the_last_signal_is_known_afterwards(tmp_path: Path) -> None:
+    mpirun = executable(tmp_path / "mpirun")
+    Path(mpirun).write_text('#!/bin/sh\n[ "$1" = --version ] || { kill -USR1 $PPID; kill -TERM $PPID; sleep 0.2; }\n')
+    drain = mpi.Drain()
+    assert launch.launch(["true"], 2, 5.0, mpirun, drain) in (0, 75)
+    assert drain.signal == signal.SIGTERM
+
+
 def raise_it(error: BaseException) -> int:
     raise error
 

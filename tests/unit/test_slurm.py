@@ -318,8 +318,48 @@ def test_what_a_run_replaces_is_no_measure_of_its_progress(
     turn = Turn(output, fresh=True)
     # Less than a finished run has, and more than nothing.
     monkeypatch.setattr(requeue, "committed", lambda path: Committed(9, 0, 2, 5))
-    turn.end(75)
+    turn.end(75, signal.SIGUSR1)
     assert requeued == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "said"),
+    [
+        (75, signal.SIGUSR1, "job 7 is requeued: 1 of 9 sequences finished"),
+        (137, signal.SIGUSR1, "job 7 is requeued"),  # the drain, or the last merge, took longer than run.grace
+        (137, signal.SIGTERM, "job 7 is requeued"),
+        (137, signal.SIGINT, "not requeued: it ended with 137"),  # cancelled, and once more
+        (137, None, "not requeued: it ended with 137"),  # out of memory, say
+        (130, signal.SIGINT, "not requeued: it ended with 130"),
+        (3, signal.SIGUSR1, "not requeued: it ended with 3"),
+        (1, None, "not requeued: it ended with 1"),
+        (0, None, ""),
+        (0, signal.SIGUSR1, ""),
+    ],
+)
+def test_a_turn_says_whether_another_follows(
+    code: int,
+    told: int | None,
+    said: str,
+    requeued: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    turn = Turn(tmp_path / "out.h5")
+    monkeypatch.setattr(requeue, "committed", lambda path: Committed(9, 1, 0, 5))
+    turn.end(code, told)
+    printed = capsys.readouterr().err
+    assert (said in printed) if said else not printed
+    assert requeued == (["7"] if "is requeued" in said else [])
+
+
+def test_killed_without_progress_a_job_does_not_come_back(
+    requeued: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Turn(tmp_path / "out.h5").end(137, signal.SIGUSR1)
+    assert "not requeued: no sequence and no token was committed in this turn" in capsys.readouterr().err
+    assert requeued == []
 
 
 @pytest.mark.parametrize(
