@@ -353,10 +353,11 @@ class Drain:
     def install(self, *numbers: int) -> None:
         """Note these signals from now on (default: SIGUSR1). Main thread only.
 
-        A process that runs alone, with no launcher between it and the terminal, adds SIGINT and SIGTERM.
+        A process that runs alone, with no launcher between it and the terminal, adds SIGINT, SIGTERM and SIGHUP.
         """
         for number in numbers or (signal.SIGUSR1,):
-            signal.signal(number, self._note)
+            if not outlives(number):
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number in (signal.SIGINT, signal.SIGTERM):
@@ -365,6 +366,11 @@ class Drain:
             with contextlib.suppress(OSError):
                 os.write(2, self.answer.encode())
         self.signal = number
+
+
+def outlives(number: int) -> bool:
+    """Whether this signal is the end of a terminal that nohup keeps from this process."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 signals = Drain()

@@ -130,13 +130,16 @@ def _launch(
 
 def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: bool) -> int:
     began = float(os.environ.get(BEGAN) or time.time())
-    if mpi.launched_size() == 1:
+    alone = mpi.launched_size() == 1
+    if alone:
         # No launcher stands between this process and the terminal: Ctrl-C drains too.
         mpi.signals.answer = "\nmoempi: stopping: what is done gets committed, and --resume goes on from there\n"
-        mpi.signals.install(signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+        mpi.signals.install(signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if job.run.device != "cpu" and job.exchange.gpu_aware != "off":
         _prepare_gpu_mpi()
     world = mpi.start()
+    if alone:
+        mpi.signals.install(signal.SIGHUP)  # Open MPI takes it where it is no launcher's child, and does nothing
     draws = world.rank == 0 and not shown.quiet
     terminal = (open_terminal(os.environ) or own_terminal(sys.stderr, os.environ)) if draws else None
     logs.set_up(world.rank, quiet=shown.quiet, folder=shown.log_dir, in_terminal=terminal is not None, append=resume)

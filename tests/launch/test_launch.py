@@ -147,6 +147,24 @@ def test_told_to_stop_beforehand_it_starts_nothing(tmp_path: Path) -> None:
     assert started.exists()
 
 
+def test_a_terminal_that_closes_means_nothing_under_nohup(tmp_path: Path) -> None:
+    mpirun, drain = executable(tmp_path / "mpirun"), mpi.Drain()
+    Path(mpirun).write_text('#!/bin/sh\n[ "$1" = --version ] || kill -HUP $PPID\n')
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        drain.install(signal.SIGHUP)
+        assert launch.launch(["true"], 2, 5.0, mpirun, drain) == 0
+        signal.raise_signal(signal.SIGHUP)
+        assert not drain.requested
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        drain.install(signal.SIGHUP)
+        assert launch.launch(["true"], 2, 5.0, mpirun, mpi.Drain()) == 0
+        signal.raise_signal(signal.SIGHUP)
+        assert drain.exit_code == 75
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_the_last_signal_is_known_afterwards(tmp_path: Path) -> None:
     mpirun = executable(tmp_path / "mpirun")
     Path(mpirun).write_text('#!/bin/sh\n[ "$1" = --version ] || { kill -USR1 $PPID; kill -TERM $PPID; sleep 0.2; }\n')
