@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import signal
@@ -15,14 +16,16 @@ import pytest
 from click.testing import CliRunner
 
 from moempi.cli.status import status
-from moempi.cli.submit import submit
+from moempi.cli.submit import _submit, submit
 from moempi.errors import DataError, FitError, JobError
 from moempi.files.committed import Committed
+from moempi.job import load_job
 from moempi.slurm import requeue, scheduler
 from moempi.slurm.binding import hidden_gpus
 from moempi.slurm.place import Submitted, folder_of, record, submissions
 from moempi.slurm.request import Needs, Request, estimate, resolve, tasks_per_node
 from moempi.slurm.requeue import Turn, why_not_again
+from moempi.slurm.scheduler import State
 from moempi.slurm.script import Batch, write_script
 from moempi.slurm.site import Site, load_site
 from moempi.slurm.times import parse_time, show_time
@@ -159,7 +162,9 @@ def test_what_is_asked_for() -> None:
         (Site(cores_per_node=8, cores_per_rank=4), {}, FitError, "16 cores, but the site's nodes have 8"),
         (Site(memory_per_node=2**30), {}, FitError, r"4 ranks per node need 7.0 GiB .* nodes have 1.0 GiB"),
         (Site(max_time=3600.0), {"seconds": 7200.0}, JobError, "--time 02:00:00 is more than the site's max_time"),
-        (Site(), {"seconds": 120.0}, JobError, "leaves no time to work: the job is told to stop 120 s before"),
+        (Site(), {"seconds": 120.0}, JobError, "^--time, 00:02:00, leaves no time to work: .* stop 120 s before"),
+        (Site(max_time=120.0), {}, JobError, "^the site's max_time, 00:02:00, leaves .* needs at least 00:03:00"),
+        (Site(), {"grace": 2000.0}, JobError, "^the estimated time, 00:18:00, leaves"),
     ],
 )
 def test_what_does_not_fit_is_refused(site: Site, changes: dict, kind: type, said: str) -> None:
@@ -392,6 +397,36 @@ def test_submissions_are_remembered_beside_the_output(tmp_path: Path) -> None:
     (folder_of(output) / "submitted.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="damaged record"):
         submissions(folder_of(output))
+
+
+def test_a_submitted_job_that_cannot_be_recorded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = load_job(ROOT / "jobs/demo.toml", [f"output.file={tmp_path}/nowhere/out.h5"])
+    monkeypatch.setattr(scheduler, "sbatch", lambda script: "12")
+    with pytest.raises(DataError, match=r"^submitted as job 12, but not recorded: .*`moempi cancel 12` ends it"):
+        _submit(PLAIN, job, ["out.h5"])
+
+
+def test_what_is_damaged_hides_no_other_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four jobs in the queue: a sound one, one with a damaged output, one with a damaged record, one of others."""
+    scripts = []
+    for number, name in enumerate(["sound", "damaged", "unreadable"], 1):
+        output = tmp_path / name / "out.h5"
+        folder_of(output).mkdir(parents=True)
+        record(output, Submitted(str(number), "job.toml", [str(output)]))
+        scripts.append(folder_of(output) / "job.sbatch")
+    (tmp_path / "damaged" / "out.h5").write_bytes(b"damaged")
+    (scripts[2].parent / "submitted.jsonl").write_text("{}\n")
+    scripts.append(tmp_path / "other.sh")
+    found = [State(str(n), "RUNNING", "1:00", "2:00", "n0", script) for n, script in enumerate(scripts, 1)]
+    monkeypatch.setattr(scheduler, "states", lambda ids=None: found)
+    shown = CliRunner().invoke(status, ["--json"], catch_exceptions=False).output.splitlines()
+    rows = [json.loads(line) for line in shown]
+    assert [row["id"] for row in rows] == ["1", "2", "3"]
+    assert rows[0]["progress"] == "nothing committed yet" and rows[0]["complete"] is False
+    assert "out.h5" in rows[1]["progress"] and "complete" not in rows[1]
+    assert "damaged record of submissions" in rows[2]["progress"]
+    text = CliRunner().invoke(status, [], catch_exceptions=False).output
+    assert "job 1: RUNNING on n0" in text and "damaged record of submissions" in text and "other.sh" not in text
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "1;2", "1 2", "12_", "$(id)", "--help"])
