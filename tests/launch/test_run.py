@@ -273,7 +273,7 @@ def test_a_stopped_relay_is_a_stall_that_names_it(tmp_path: Path, route: str) ->
     assert ended.code == 76, ended.err
     assert len(causes(ended.err)) == 1, ended.err
     # Its peers miss it, or those whose rows another relay has passed on to it.
-    named = r"no answer from rank (2\b|\d, relay of slots on [\d, ]*\b2\b|\d.*rank 2\b)"
+    named = r"no answer from rank (2\b|\d, relay of slots on [\d, ]*\b2\b|\d, by way of rank 2\b)"
     assert re.search(named, causes(ended.err)[0]), causes(ended.err)
 
 
