@@ -277,6 +277,19 @@ def test_control_characters_are_refused(bad: str) -> None:
             write_script(batch, REQUEST, Site())
 
 
+@pytest.mark.parametrize("kind", ["sbatch", "sh"])
+def test_scripts_are_valid_bash_and_every_option_has_its_line(kind: str) -> None:
+    scripts = sorted((ROOT / "slurm").glob(f"*.{kind}"))
+    assert scripts
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+        lines = script.read_text().splitlines()
+        options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+        bare = [lines[n] for n in options if not lines[n - 1].startswith("#") or lines[n - 1].startswith("#SBATCH")]
+        # --open-mode is explained together with --output.
+        assert [line for line in bare if "--open-mode" not in line] == [], script
+
+
 # ---------------------------------------------------------------- turns
 
 
