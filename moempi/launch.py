@@ -23,12 +23,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from moempi.errors import EXIT_COMMITTED, EXIT_INTERRUPTED, JobError
+from moempi.errors import EXIT_COMMITTED, EXIT_INTERRUPTED, EXIT_KILLED, JobError
+from moempi.mpi import outlives
 
 if TYPE_CHECKING:
     from moempi.mpi import Drain
-
-EXIT_KILLED = 128 + signal.SIGKILL
 
 # SIGUSR1 is what a scheduler sends ahead of the end of a job; SIGHUP comes when the terminal closes.
 _TRAPPED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -57,10 +56,12 @@ def launch(
         grace: seconds that a drain may take.
         mpirun: the command that starts ranks, with options of its own if it needs any; by default MOEMPI_MPIRUN,
             then the one beside this Python, then the one on PATH.
-        drain: set by a signal that came before this function was called: then nothing is started.
+        drain: set by a signal that came before this function was called: then nothing is started. Afterwards it has
+            the last signal that came.
 
     Returns:
-        130 after SIGINT; 137 where the ranks had to be killed; otherwise mpirun's exit code (75 after a drain).
+        75 after a drain, 130 where SIGINT asked for it; 137 where the ranks had to be killed; otherwise mpirun's exit
+        code, whatever was asked for: a job that has just ended is done, and one that failed to commit has failed.
 
     Raises:
         JobError: there is no mpirun, or it does not start.
@@ -72,8 +73,10 @@ def launch(
         if drain is not None and drain.requested:
             _say("moempi: told to stop before any rank was started")
             return drain.exit_code
-        process = _start(line)
-        return _watch(process, received, grace)
+        code = _watch(_start(line), received, grace)
+        if drain is not None and received:
+            drain.signal = received[-1][0]
+        return code
 
 
 # --- which mpirun, with which options --------------------------------------------------------------------------------
@@ -147,7 +150,7 @@ def _trap() -> Iterator[list[tuple[int, float]]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append((number, time.monotonic()))
 
-    before = {number: signal.signal(number, note) for number in _TRAPPED}
+    before = {number: signal.signal(number, note) for number in _TRAPPED if not outlives(number)}
     try:
         yield received
     finally:
@@ -243,11 +246,9 @@ def session_members(session: int) -> list[int]:
 
 def exit_code(returned: int, received: list[tuple[int, float]]) -> int:
     """The code of `moempi run -n`, from mpirun's (negative: the signal that killed it) and the signals received."""
-    if received and received[0][0] == signal.SIGINT:
-        return EXIT_INTERRUPTED
-    if received and returned in (-signal.SIGUSR1, 128 + signal.SIGUSR1):
-        # Passed on before mpirun or a rank was there to take it: what is committed is committed all the same.
-        return EXIT_COMMITTED
+    # SIGUSR1 was passed on before mpirun or a rank was there to take it: what is committed is committed all the same.
+    if received and returned in (EXIT_COMMITTED, -signal.SIGUSR1, 128 + signal.SIGUSR1):
+        return EXIT_INTERRUPTED if received[0][0] == signal.SIGINT else EXIT_COMMITTED
     return returned if returned >= 0 else 128 - returned
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from moempi.errors import EXIT_COMMITTED, EXIT_FAILED, EXIT_INTERRUPTED, JobError, MoempiError
+from moempi.errors import EXIT_COMMITTED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_KILLED, JobError, MoempiError
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -247,7 +247,8 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, MoempiError):
         return error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return EXIT_INTERRUPTED
+        # The second of two ends a drain that was to commit.
+        return EXIT_KILLED if signals.requested else EXIT_INTERRUPTED
     if isinstance(error, SystemExit):
         return 0 if error.code is None else error.code if isinstance(error.code, int) else EXIT_FAILED
     return EXIT_FAILED
@@ -352,10 +353,11 @@ class Drain:
     def install(self, *numbers: int) -> None:
         """Note these signals from now on (default: SIGUSR1). Main thread only.
 
-        A process that runs alone, with no launcher between it and the terminal, adds SIGINT and SIGTERM.
+        A process that runs alone, with no launcher between it and the terminal, adds SIGINT, SIGTERM and SIGHUP.
         """
         for number in numbers or (signal.SIGUSR1,):
-            signal.signal(number, self._note)
+            if not outlives(number):
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number in (signal.SIGINT, signal.SIGTERM):
@@ -364,6 +366,11 @@ class Drain:
             with contextlib.suppress(OSError):
                 os.write(2, self.answer.encode())
         self.signal = number
+
+
+def outlives(number: int) -> bool:
+    """Whether this signal is the end of a terminal that nohup keeps from this process."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
 signals = Drain()

@@ -89,7 +89,7 @@ def run(
         words += [flag for flag, on in given.items() if on]
         words += ["--log-dir", str(log_dir)] if log_dir else []
         what = "" if quiet else f"{plural(ranks, 'rank')} for {job}"
-        return _launch(words, ranks, checked, mpirun, what, requeue=requeue)
+        return _launch(words, ranks, checked, mpirun, what, requeue=requeue, fresh=how["overwrite"])
     return _run_here(checked, Shown(as_json, quiet, log_dir), **how)
 
 
@@ -109,7 +109,9 @@ def _look_through(job: Job) -> None:
     check_in_child(job.files_to_read())
 
 
-def _launch(arguments: list[str], ranks: int, job: Job, mpirun: str | None, what: str, *, requeue: bool) -> int:
+def _launch(
+    arguments: list[str], ranks: int, job: Job, mpirun: str | None, what: str, *, requeue: bool, fresh: bool
+) -> int:
     from moempi.launch import find_mpirun, launch, this_program
     from moempi.slurm.requeue import Turn
 
@@ -119,22 +121,25 @@ def _launch(arguments: list[str], ranks: int, job: Job, mpirun: str | None, what
     # The ranks write into pipes: only this process knows of the terminal behind them, and when it all began.
     os.environ[TERMINAL] = terminal_for_ranks(sys.stderr, os.environ)
     os.environ[BEGAN] = repr(time.time())
-    turn = Turn(job.output.file) if requeue else None
+    turn = Turn(job.output.file, fresh=fresh) if requeue else None
     code = launch(this_program(*arguments), ranks, job.run.grace, mpirun, mpi.signals)
     if turn is not None:
-        turn.end(code)
+        turn.end(code, mpi.signals.signal)
     return code
 
 
 def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: bool) -> int:
     began = float(os.environ.get(BEGAN) or time.time())
-    if mpi.launched_size() == 1:
+    alone = mpi.launched_size() == 1
+    if alone:
         # No launcher stands between this process and the terminal: Ctrl-C drains too.
         mpi.signals.answer = "\nmoempi: stopping: what is done gets committed, and --resume goes on from there\n"
-        mpi.signals.install(signal.SIGUSR1, signal.SIGINT, signal.SIGTERM)
+        mpi.signals.install(signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if job.run.device != "cpu" and job.exchange.gpu_aware != "off":
         _prepare_gpu_mpi()
     world = mpi.start()
+    if alone:
+        mpi.signals.install(signal.SIGHUP)  # Open MPI takes it where it is no launcher's child, and does nothing
     draws = world.rank == 0 and not shown.quiet
     terminal = (open_terminal(os.environ) or own_terminal(sys.stderr, os.environ)) if draws else None
     logs.set_up(world.rank, quiet=shown.quiet, folder=shown.log_dir, in_terminal=terminal is not None, append=resume)

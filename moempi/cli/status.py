@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from moempi.errors import DataError
+
 if TYPE_CHECKING:
     from moempi.slurm.place import Submitted
     from moempi.slurm.scheduler import State
@@ -33,14 +35,13 @@ def status(job: str | None, overrides: tuple[str, ...], as_json: bool) -> None:
 
 def _rows(job: str | None, overrides: list[str]) -> list[dict[str, Any]]:
     from moempi.slurm import scheduler
-    from moempi.slurm.find import by_folder, find
+    from moempi.slurm.find import find
 
     if job is None:
-        known = [(state, by_folder(state)) for state in scheduler.states()]
-        return [_row(state, submitted) for state, submitted in known if submitted is not None]
+        rows = [_row(state, {}) for state in scheduler.states()]
+        return [row for row in rows if row.keys() & {"job", "progress"}]  # those of moempi
     found = find(job, overrides)
-    states = scheduler.states(found.ids)
-    rows = [_row(state, found.submissions.get(state.id.split("_")[0]) or by_folder(state)) for state in states]
+    rows = [_row(state, found.submissions) for state in scheduler.states(found.ids)]
     if not rows and found.ids:
         rows = [{"id": found.ids[-1], "state": "not known to Slurm any more"}]
     if found.outputs and not any("output" in row for row in rows):
@@ -49,21 +50,30 @@ def _rows(job: str | None, overrides: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(state: State, submitted: Submitted | None) -> dict[str, Any]:
+def _row(state: State, submissions: dict[str, Submitted]) -> dict[str, Any]:
+    """A job of Slurm, and what is known of it if it is one of moempi's; `submissions` are those known already."""
+    from moempi.slurm.find import by_folder
+
     row = {key: str(value) for key, value in asdict(state).items()}
+    number, _, element = state.id.partition("_")
+    try:
+        submitted = submissions.get(number) or by_folder(state)
+    except DataError as error:
+        return row | {"progress": str(error)}
     if submitted is None:
         return row
-    number = state.id.partition("_")[2]
-    element = int(number) if number.isdecimal() else 0
-    if element >= len(submitted.outputs):
-        return row
-    return row | {"job": submitted.job} | _progress(submitted.outputs[element])
+    row["job"], place = submitted.job, int(element) if element.isdecimal() else 0
+    return row | _progress(submitted.outputs[place]) if place < len(submitted.outputs) else row
 
 
 def _progress(output: str) -> dict[str, Any]:
+    """What an output holds; where it is damaged, what is wrong: the other jobs are shown all the same."""
     from moempi.files.committed import committed
 
-    found = committed(Path(output))
+    try:
+        found = committed(Path(output))
+    except DataError as error:
+        return {"output": output, "progress": str(error)}
     return {"output": output, **asdict(found), "progress": str(found)}
 
 
@@ -73,6 +83,8 @@ def _lines(row: dict[str, Any]) -> list[str]:
         more = f" on {row['where']}, {row['elapsed']} gone, {row['left']} left" if row["state"] == "RUNNING" else ""
         reason = f" {row['where']}" if row["state"] == "PENDING" else ""
         lines.append(f"job {row['id']}: {row['state']}{more}{reason}")
+    if "progress" in row:
+        lines.append(f"  {row['progress']}")
     if "output" in row:
-        lines += [f"  {row['progress']}", f"  output  {row['output']}"]
+        lines.append(f"  output  {row['output']}")
     return lines

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moempi.errors import JobError
+from moempi.errors import DataError, JobError
 from moempi.job import Job, load_job, parse_bytes
 
 if TYPE_CHECKING:
@@ -191,7 +191,11 @@ def _submit(batch: Batch, job: Job, outputs: list[str]) -> str:
     from moempi.slurm.place import Submitted, record
 
     job_id = scheduler.sbatch(batch.script)
-    record(job.output.file, Submitted(job_id, str(batch.job), outputs))
+    try:
+        record(job.output.file, Submitted(job_id, str(batch.job), outputs))
+    except DataError as error:
+        lost = f"submitted as job {job_id}, but not recorded: {error}; `moempi cancel {job_id}` ends it"
+        raise DataError(lost) from error
     return job_id
 
 

@@ -103,13 +103,15 @@ def _time(needs: Needs, site: Site, ranks: int, asked: float | None, lead: int) 
     wanted = max(LEAST_TIME, site.time_margin * estimate(needs, site, ranks)) if asked is None else asked
     if asked is not None and asked > site.max_time:
         raise JobError(f"--time {show_time(asked)} is more than the site's max_time, {show_time(site.max_time)}")
-    if wanted < lead + 60:
-        raise JobError(
-            f"--time {show_time(wanted)} leaves no time to work: the job is told to stop {lead} s before its end "
-            "(run.grace and a minute and a half)"
-        )
     # A job that needs longer than it may take is requeued until it is done.
-    return min(wanted, site.max_time)
+    given = min(wanted, site.max_time)
+    if given < lead + 60:
+        what = "the site's max_time" if given < wanted else "--time" if asked is not None else "the estimated time"
+        raise JobError(
+            f"{what}, {show_time(given)}, leaves no time to work: the job is told to stop {lead} s before its end "
+            f"(run.grace and a minute and a half), and needs at least {show_time(lead + 60)}"
+        )
+    return given
 
 
 def estimate(needs: Needs, site: Site, ranks: int) -> float:

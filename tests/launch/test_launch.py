@@ -119,6 +119,11 @@ def test_consent_is_given_for_root_only() -> None:
         (75, signal.SIGTERM, 75),
         (3, signal.SIGTERM, 3),
         (75, signal.SIGINT, 130),
+        (-signal.SIGUSR1, signal.SIGINT, 130),
+        # Nothing was stopped early and committed: it was done, failed, or had to be killed.
+        (0, signal.SIGINT, 0),
+        (3, signal.SIGINT, 3),
+        (137, signal.SIGINT, 137),
         (-9, None, 137),
         # The signal that was passed on came before mpirun, or a rank, could take it.
         (-signal.SIGUSR1, signal.SIGUSR1, 75),
@@ -140,6 +145,32 @@ def test_told_to_stop_beforehand_it_starts_nothing(tmp_path: Path) -> None:
     assert not started.exists()
     assert launch.launch(["true"], 2, 1.0, mpirun, mpi.Drain()) == 0
     assert started.exists()
+
+
+def test_a_terminal_that_closes_means_nothing_under_nohup(tmp_path: Path) -> None:
+    mpirun, drain = executable(tmp_path / "mpirun"), mpi.Drain()
+    Path(mpirun).write_text('#!/bin/sh\n[ "$1" = --version ] || kill -HUP $PPID\n')
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        drain.install(signal.SIGHUP)
+        assert launch.launch(["true"], 2, 5.0, mpirun, drain) == 0
+        signal.raise_signal(signal.SIGHUP)
+        assert not drain.requested
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        drain.install(signal.SIGHUP)
+        assert launch.launch(["true"], 2, 5.0, mpirun, mpi.Drain()) == 0
+        signal.raise_signal(signal.SIGHUP)
+        assert drain.exit_code == 75
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_last_signal_is_known_afterwards(tmp_path: Path) -> None:
+    mpirun = executable(tmp_path / "mpirun")
+    Path(mpirun).write_text('#!/bin/sh\n[ "$1" = --version ] || { kill -USR1 $PPID; kill -TERM $PPID; sleep 0.2; }\n')
+    drain = mpi.Drain()
+    assert launch.launch(["true"], 2, 5.0, mpirun, drain) in (0, 75)
+    assert drain.signal == signal.SIGTERM
 
 
 def raise_it(error: BaseException) -> int:
@@ -170,7 +201,7 @@ def test_guard_shows_where_a_bug_is(capsys: pytest.CaptureFixture, monkeypatch: 
     assert told.startswith("moempi: error: ValueError: boom\nTraceback") and "raise_it" in told
 
 
-def test_drain_notes_and_a_second_interrupt_interrupts() -> None:
+def test_drain_notes_and_a_second_interrupt_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     drain = mpi.Drain()
     assert not drain.requested
     before = signal.getsignal(signal.SIGINT)
@@ -178,7 +209,10 @@ def test_drain_notes_and_a_second_interrupt_interrupts() -> None:
         drain.install(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         assert drain.requested and drain.exit_code == 130
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as second:
             signal.raise_signal(signal.SIGINT)
+        assert mpi.exit_code_of(second.value) == 130, "no drain of this program was asked for"
+        monkeypatch.setattr(mpi, "signals", drain)
+        assert mpi.exit_code_of(second.value) == 137
     finally:
         signal.signal(signal.SIGINT, before)

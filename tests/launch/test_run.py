@@ -157,10 +157,12 @@ def check_drained(ended: Ended, code: int, job: Path, undisturbed: Tokens) -> No
 
 
 def test_a_run_that_is_not_to_be_resumed_or_overwritten_is_refused(job: Path) -> None:
-    with Running(moempi("run", job)) as running:
-        wait_for_commit(running, job)
-        running.signal(signal.SIGTERM)
-        assert running.wait().code == 75
+    # One process without mpirun, told to stop by a scheduler, and by a terminal that closes.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        with Running(moempi("run", job, "--resume")) as running:
+            wait_for_commit(running, job, more_than=commits(job))
+            running.signal(number)
+            assert running.wait().code == 75
     refused = run(moempi("run", job))
     assert refused.code == 2 and "--resume" in refused.err and "--overwrite" in refused.err
     other = run(moempi("run", job, "--resume", "--set", "generate.stop_at_eos=true"))

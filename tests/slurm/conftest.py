@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from local_slurm import Cluster, host_name, install, why_not
+from local_slurm import Cluster, do_without, host_name, install, why_not
 from slurm_jobs import LONG, Tokens, alone, write_job
 
 
@@ -15,7 +15,7 @@ from slurm_jobs import LONG, Tokens, alone, write_job
 def running(folder: Path, nodes: tuple[str, ...]) -> Iterator[Cluster]:
     reason = why_not()
     if reason:
-        pytest.skip(f"no Slurm here: {reason}")
+        do_without(f"no Slurm here: {reason}")
     install()
     cluster = Cluster(folder, nodes)
     try:

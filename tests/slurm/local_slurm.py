@@ -16,6 +16,9 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 PACKAGES = ["slurm-wlm", "munge", "libpmix2", "libpmix-dev"]
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "srun"]
@@ -64,6 +67,11 @@ def why_not() -> str:
     if missing and shutil.which("apt-get") is None:
         return f"{', '.join(missing)} not installed, and there is no apt-get to install {', '.join(PACKAGES)} with"
     return ""
+
+
+def do_without(reason: str) -> NoReturn:
+    """Skip the test; or fail, where MOEMPI_REQUIRE_SLURM says that nothing may be missing."""
+    (pytest.fail if os.environ.get("MOEMPI_REQUIRE_SLURM") else pytest.skip)(reason)
 
 
 def install() -> None:

@@ -25,12 +25,14 @@ SMALL = ["--mem=0", "--cpus-per-task=1"]
 Tokens = dict[str, tuple[bytes, bytes, str]]  # (tokens, logprobs, finish reason) of each sequence
 
 
-def write_job(folder: Path, new_tokens: int = 8, name: str = "job.toml", output: str = "out.h5") -> Path:
-    """Prompts and a job file; commits come several times a second."""
+def write_job(
+    folder: Path, new_tokens: int = 8, name: str = "job.toml", output: str = "out.h5", sequences: int = SEQUENCES
+) -> Path:
+    """Prompts and a job file; commits come several times a second, the first one soon."""
     chance = np.random.default_rng(6)
-    tokens = [chance.integers(5, 500, n, dtype=np.int32) for n in chance.integers(1, 20, SEQUENCES)]
-    new = np.array([4, 4, 4, *[new_tokens] * (SEQUENCES - 3)], dtype=np.int32)
-    write_inputs(folder / "prompts.h5", Prompts([f"p{i}" for i in range(SEQUENCES)], tokens, None, new), {})
+    tokens = [chance.integers(5, 500, n, dtype=np.int32) for n in chance.integers(1, 20, sequences)]
+    new = np.array([4, 4, 4, *[new_tokens] * (sequences - 3)], dtype=np.int32)
+    write_inputs(folder / "prompts.h5", Prompts([f"p{i}" for i in range(sequences)], tokens, None, new), {})
     weights, target = json.dumps(str(ROOT / "inputs/tinymoe.h5")), json.dumps(output, ensure_ascii=False)
     (folder / name).write_text(
         f"""

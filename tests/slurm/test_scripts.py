@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,16 +62,3 @@ def test_a_chain_goes_on_where_the_last_turn_ended(cluster: Cluster, tmp_path: P
     assert cluster.show(first)["JobState"] == "COMPLETED"
     assert "nothing to do" in text_of(log)
     assert finished(tmp_path / "out.h5") == undisturbed
-
-
-@pytest.mark.parametrize("kind", ["sbatch", "sh"])
-def test_scripts_are_valid_bash_and_every_option_has_its_line(kind: str) -> None:
-    scripts = sorted((ROOT / "slurm").glob(f"*.{kind}"))
-    assert scripts
-    for script in scripts:
-        subprocess.run(["bash", "-n", script], check=True)
-        lines = script.read_text().splitlines()
-        options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
-        bare = [lines[n] for n in options if not lines[n - 1].startswith("#") or lines[n - 1].startswith("#SBATCH")]
-        # --open-mode is explained together with --output.
-        assert [line for line in bare if "--open-mode" not in line] == [], script

@@ -20,13 +20,13 @@ def submit(cluster: Cluster, job: Path, *words: str, cwd: Path | None = None) ->
 
 
 def released(cluster: Cluster, job_id: str) -> None:
-    """A requeued job waits two minutes: let it start in two seconds.
+    """A requeued job waits two minutes: let it start in two seconds, with the whole of its time.
 
     Ending a turn takes back what it was started with, to the second: a node refuses a job that is started again within
     that same second ("Job credential revoked"), and Slurm calls the job FAILED, though nothing of it has run.
     """
     cluster.wait(job_id, "PENDING", timeout=30)
-    cluster.command("scontrol", "update", f"JobId={job_id}", "StartTime=now+2")
+    cluster.command("scontrol", "update", f"JobId={job_id}", "StartTime=now+2", "TimeLimit=10")
 
 
 def test_stopped_requeued_and_finished_under_names_that_bite(
@@ -90,6 +90,44 @@ def test_a_cancelled_job_has_committed_and_does_not_come_back(
     ended = cluster.wait(again["id"])
     assert ended["JobState"] == "CANCELLED" and ended["Restarts"] == "0", text_of(log)
     assert committed(output).finished >= kept.finished
+
+
+def test_at_its_time_limit_a_job_that_overwrites_comes_back_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    """The signal is Slurm's own: the limit is brought so near that it is due, whenever the work has begun."""
+    many = 4000  # far more than a turn gets done
+    job, output = write_job(tmp_path, 1, sequences=many), tmp_path / "out.h5"
+    moempi(cluster, "run", job, "--quiet", "--set", "run.capacity=100")
+    replaced = committed(output)
+    assert replaced.complete and replaced.finished == many
+    write_job(tmp_path, 60, sequences=many)
+    told = submit(cluster, job, "--overwrite")
+    log = Path(told["log"])
+    wait_until(lambda: not output.exists() and committed(output).finished, lambda: text_of(log))
+
+    gone = elapsed(cluster, told["id"])
+    # A minute or two from now. Slurm looks every 30 s, and sends the signal 120 s before the end (and 30 s early).
+    cluster.command("scontrol", "update", f"JobId={told['id']}", f"TimeLimit={gone // 60 + 2}")
+    wait_until(lambda: "requeue" in text_of(log), lambda: text_of(log))
+    released(cluster, told["id"])
+    stopped = committed(output)
+    assert (stopped.finished, stopped.new_tokens) < (replaced.finished, replaced.new_tokens) and stopped.partial
+    assert f"job {told['id']} is requeued: {stopped}" in text_of(log)
+    kept = finished(output)
+
+    # The second turn overwrites nothing.
+    wait_until(lambda: text_of(log).count(" is ready") == 2, lambda: text_of(log))
+    moempi(cluster, "cancel", told["id"])
+    ended = cluster.wait(told["id"])
+    assert (ended["ExitCode"], ended["Restarts"]) == ("130:0", "1"), text_of(log)
+    assert "not requeued: it ended with 130" in text_of(log)
+    assert committed(output).new_tokens >= stopped.new_tokens and kept.items() <= finished(output).items()
+
+
+def elapsed(cluster: Cluster, job_id: str) -> int:
+    """Seconds since the job started."""
+    days, _, time = cluster.show(job_id)["RunTime"].rpartition("-")
+    hours, minutes, seconds = map(int, time.split(":"))
+    return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 def test_a_turn_without_progress_is_the_last(cluster: Cluster, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +16,16 @@ import pytest
 from click.testing import CliRunner
 
 from moempi.cli.status import status
-from moempi.cli.submit import submit
+from moempi.cli.submit import _submit, submit
 from moempi.errors import DataError, FitError, JobError
 from moempi.files.committed import Committed
-from moempi.slurm import scheduler
+from moempi.job import load_job
+from moempi.slurm import requeue, scheduler
 from moempi.slurm.binding import hidden_gpus
 from moempi.slurm.place import Submitted, folder_of, record, submissions
 from moempi.slurm.request import Needs, Request, estimate, resolve, tasks_per_node
 from moempi.slurm.requeue import Turn, why_not_again
+from moempi.slurm.scheduler import State
 from moempi.slurm.script import Batch, write_script
 from moempi.slurm.site import Site, load_site
 from moempi.slurm.times import parse_time, show_time
@@ -157,7 +162,9 @@ def test_what_is_asked_for() -> None:
         (Site(cores_per_node=8, cores_per_rank=4), {}, FitError, "16 cores, but the site's nodes have 8"),
         (Site(memory_per_node=2**30), {}, FitError, r"4 ranks per node need 7.0 GiB .* nodes have 1.0 GiB"),
         (Site(max_time=3600.0), {"seconds": 7200.0}, JobError, "--time 02:00:00 is more than the site's max_time"),
-        (Site(), {"seconds": 120.0}, JobError, "leaves no time to work: the job is told to stop 120 s before"),
+        (Site(), {"seconds": 120.0}, JobError, "^--time, 00:02:00, leaves no time to work: .* stop 120 s before"),
+        (Site(max_time=120.0), {}, JobError, "^the site's max_time, 00:02:00, leaves .* needs at least 00:03:00"),
+        (Site(), {"grace": 2000.0}, JobError, "^the estimated time, 00:18:00, leaves"),
     ],
 )
 def test_what_does_not_fit_is_refused(site: Site, changes: dict, kind: type, said: str) -> None:
@@ -270,6 +277,19 @@ def test_control_characters_are_refused(bad: str) -> None:
             write_script(batch, REQUEST, Site())
 
 
+@pytest.mark.parametrize("kind", ["sbatch", "sh"])
+def test_scripts_are_valid_bash_and_every_option_has_its_line(kind: str) -> None:
+    scripts = sorted((ROOT / "slurm").glob(f"*.{kind}"))
+    assert scripts
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+        lines = script.read_text().splitlines()
+        options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+        bare = [lines[n] for n in options if not lines[n - 1].startswith("#") or lines[n - 1].startswith("#SBATCH")]
+        # --open-mode is explained together with --output.
+        assert [line for line in bare if "--open-mode" not in line] == [], script
+
+
 # ---------------------------------------------------------------- turns
 
 
@@ -292,6 +312,72 @@ def test_requeue_needs_a_batch_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     with pytest.raises(JobError, match="SLURM_JOB_ID is not set"):
         Turn(tmp_path / "out.h5")
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Ids that Slurm was asked to requeue; this process is in the running job 7."""
+    asked: list[str] = []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(scheduler, "states", lambda ids: [])
+    monkeypatch.setattr(scheduler, "requeue", asked.append)
+    before = signal.getsignal(signal.SIGUSR1)
+    yield asked
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_what_a_run_replaces_is_no_measure_of_its_progress(
+    requeued: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.h5"
+    output.write_bytes(b"damaged")
+    with pytest.raises(DataError):
+        Turn(output)
+    turn = Turn(output, fresh=True)
+    # Less than a finished run has, and more than nothing.
+    monkeypatch.setattr(requeue, "committed", lambda path: Committed(9, 0, 2, 5))
+    turn.end(75, signal.SIGUSR1)
+    assert requeued == ["7"]
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "said"),
+    [
+        (75, signal.SIGUSR1, "job 7 is requeued: 1 of 9 sequences finished"),
+        (137, signal.SIGUSR1, "job 7 is requeued"),  # the drain, or the last merge, took longer than run.grace
+        (137, signal.SIGTERM, "job 7 is requeued"),
+        (137, signal.SIGINT, "not requeued: it ended with 137"),  # cancelled, and once more
+        (137, None, "not requeued: it ended with 137"),  # out of memory, say
+        (130, signal.SIGINT, "not requeued: it ended with 130"),
+        (3, signal.SIGUSR1, "not requeued: it ended with 3"),
+        (1, None, "not requeued: it ended with 1"),
+        (0, None, ""),
+        (0, signal.SIGUSR1, ""),
+    ],
+)
+def test_a_turn_says_whether_another_follows(
+    code: int,
+    told: int | None,
+    said: str,
+    requeued: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    turn = Turn(tmp_path / "out.h5")
+    monkeypatch.setattr(requeue, "committed", lambda path: Committed(9, 1, 0, 5))
+    turn.end(code, told)
+    printed = capsys.readouterr().err
+    assert (said in printed) if said else not printed
+    assert requeued == (["7"] if "is requeued" in said else [])
+
+
+def test_killed_without_progress_a_job_does_not_come_back(
+    requeued: list[str], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Turn(tmp_path / "out.h5").end(137, signal.SIGUSR1)
+    assert "not requeued: no sequence and no token was committed in this turn" in capsys.readouterr().err
+    assert requeued == []
 
 
 @pytest.mark.parametrize(
@@ -324,6 +410,36 @@ def test_submissions_are_remembered_beside_the_output(tmp_path: Path) -> None:
     (folder_of(output) / "submitted.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match="damaged record"):
         submissions(folder_of(output))
+
+
+def test_a_submitted_job_that_cannot_be_recorded_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = load_job(ROOT / "jobs/demo.toml", [f"output.file={tmp_path}/nowhere/out.h5"])
+    monkeypatch.setattr(scheduler, "sbatch", lambda script: "12")
+    with pytest.raises(DataError, match=r"^submitted as job 12, but not recorded: .*`moempi cancel 12` ends it"):
+        _submit(PLAIN, job, ["out.h5"])
+
+
+def test_what_is_damaged_hides_no_other_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four jobs in the queue: a sound one, one with a damaged output, one with a damaged record, one of others."""
+    scripts = []
+    for number, name in enumerate(["sound", "damaged", "unreadable"], 1):
+        output = tmp_path / name / "out.h5"
+        folder_of(output).mkdir(parents=True)
+        record(output, Submitted(str(number), "job.toml", [str(output)]))
+        scripts.append(folder_of(output) / "job.sbatch")
+    (tmp_path / "damaged" / "out.h5").write_bytes(b"damaged")
+    (scripts[2].parent / "submitted.jsonl").write_text("{}\n")
+    scripts.append(tmp_path / "other.sh")
+    found = [State(str(n), "RUNNING", "1:00", "2:00", "n0", script) for n, script in enumerate(scripts, 1)]
+    monkeypatch.setattr(scheduler, "states", lambda ids=None: found)
+    shown = CliRunner().invoke(status, ["--json"], catch_exceptions=False).output.splitlines()
+    rows = [json.loads(line) for line in shown]
+    assert [row["id"] for row in rows] == ["1", "2", "3"]
+    assert rows[0]["progress"] == "nothing committed yet" and rows[0]["complete"] is False
+    assert "out.h5" in rows[1]["progress"] and "complete" not in rows[1]
+    assert "damaged record of submissions" in rows[2]["progress"]
+    text = CliRunner().invoke(status, [], catch_exceptions=False).output
+    assert "job 1: RUNNING on n0" in text and "damaged record of submissions" in text and "other.sh" not in text
 
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "1;2", "1 2", "12_", "$(id)", "--help"])
