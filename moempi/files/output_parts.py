@@ -60,10 +60,10 @@ def write_part(
         check: called when all is written and before it counts; it raises where this run may not write any more.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: it cannot be written, or another run has made a commit of that number.
     """
     path = parts_folder(target) / f"part-{commit:08d}.h5"
-    with schema.create(path, "outputs-part", sources=origin.sources) as file:
+    with schema.create(path, "outputs-part", sources=origin.sources, before=check, new=True) as file:
         file.attrs["commit"] = commit
         file.attrs["n_sequences"] = origin.n_sequences
         schema.write_text(file, "job", origin.job)
@@ -73,9 +73,6 @@ def write_part(
         file["offsets"] = np.cumsum([0, *(len(one.tokens) for one in completions)], dtype=np.int64)
         file["tokens"] = _joined([one.tokens for one in completions], np.int32)
         file["logprobs"] = _joined([one.logprobs for one in completions], np.float32)
-        check()
-        if path.exists():
-            raise DataError(f"{path}: is there already; another run is writing the same output")
 
 
 def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -237,13 +234,12 @@ def assemble(
     _check_finished(target, latest, prompts)
     measured = {key: value for key, value in meta.items() if key not in ("mode", "decode")}
     decode = meta.get("decode")
-    with schema.create(target, "outputs", sources=origin.sources, job=origin.job) as file:
+    with schema.create(target, "outputs", sources=origin.sources, job=origin.job, before=check) as file:
         texts = {"prompts": prompts.text is not None, "completions": decode is not None}
         final = OutputsFile(file, origin, meta["mode"], **texts)
         schema.write_text(file, "run", json.dumps(measured, indent=2))
         for begin, end in ragged_ranges(latest.length, window):
             final.append(gather(parts, latest, np.arange(begin, end), prompts, decode))
-        check()
 
 
 def _check_finished(target: Path, latest: Latest, prompts: Prompts) -> None:

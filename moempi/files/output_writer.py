@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from moempi.errors import DataError, JobError
 from moempi.files.completions import PARTIAL, Completion, Origin, read_head
-from moempi.files.lock import HEARTBEAT, Lock
+from moempi.files.lock import Lock
 from moempi.files.output_parts import PATTERN, assemble, read_parts, restore, write_part
 from moempi.files.parts import committed_parts, make_folder, parts_folder, remove_parts, remove_temporaries
 from moempi.files.trace import refuse_existing
@@ -183,13 +183,9 @@ class OutputWriter:
     # ------------------------------------------------------------ the thread
 
     def _work(self) -> None:
-        beat = time.monotonic() + HEARTBEAT
         try:
             while True:
-                batch, ticket, stopping = self._next(beat)
-                if time.monotonic() >= beat:
-                    self._lock.refresh()
-                    beat = time.monotonic() + HEARTBEAT
+                batch, ticket, stopping = self._next()
                 if batch:
                     self._number += 1
                     write_part(self.path, self._number, batch, self._origin, self._lock.check)
@@ -203,13 +199,11 @@ class OutputWriter:
                 self._error = error
                 self._changed.notify_all()
 
-    def _next(self, beat: float) -> tuple[list[Completion], int, bool]:
+    def _next(self) -> tuple[list[Completion], int, bool]:
         """Wait until there is something to do: (completions to commit, requests that this answers, stop?)."""
         with self._changed:
-            while not (self._stopping or self._asked > self._done or time.monotonic() >= min(self._due, beat)):
-                self._changed.wait(max(0.0, min(self._due, beat) - time.monotonic()))
-            if not self._stopping and self._asked == self._done and time.monotonic() < self._due:
-                return [], self._done, False
+            while not (self._stopping or self._asked > self._done or time.monotonic() >= self._due):
+                self._changed.wait(min(self._due - time.monotonic(), threading.TIMEOUT_MAX))
             batch, self._pending, self._due = list(self._pending.values()), {}, float("inf")
             return batch, self._asked, self._stopping
 
