@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from moempi.build import Rank
 from moempi.errors import EXIT_DONE
 from moempi.files.output_writer import OutputWriter
+from moempi.files.trace import complete
 from moempi.files.weights import open_weights
 from moempi.job import Job
 from moempi.mpi import meet
@@ -132,7 +133,9 @@ def committed_before(writer: OutputWriter | None) -> tuple[int, int]:
 
 
 def nothing_to_do(job: Job, found: Found | None) -> Outcome:
-    """What a run comes to whose output is complete already."""
+    """What a run comes to whose output is complete already; its trace is completed here where it was killed before."""
+    if found is not None and job.trace.level != "off":
+        complete(job.trace_file)
     n = len(found.prompts.ids) if found else 0
     return Outcome(EXIT_DONE, sequences=n, finished=n, earlier_finished=n, output=job.output.file, already_done=True)
 

@@ -102,6 +102,8 @@ class OutputWriter:
                 if trace is not None:
                     refuse_existing(trace)
             remove_temporaries(path)
+            if trace is not None:
+                remove_temporaries(trace)
             complete = resume and _is_complete(path, origin)
             if complete:
                 remove_parts(path)

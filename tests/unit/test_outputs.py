@@ -272,13 +272,16 @@ def test_temporaries_of_a_killed_run_are_ignored_and_removed(tmp_path: Path, cap
     path = tmp_path / "out.h5"
     with start(path, 2) as writer:
         writer.put(completion(0))
+    trace = tmp_path / "out.trace.h5"
+    parts_folder(trace).mkdir()
     left = [parts_folder(path) / ".part-00000002.h5.77.tmp", tmp_path / ".out.h5.77.tmp"]
+    left += [parts_folder(trace) / ".rank-00000-000001.h5.77.tmp", tmp_path / ".out.trace.h5.77.tmp"]
     for one in left:
         one.write_bytes(b"\x89HDF half")
     assert read_outputs(path).ids == ["0"]
-    with start(path, 2, resume=True) as writer:
+    with start(path, 2, resume=True, trace=trace) as writer:
         assert list(writer.restored) == [0]
-    assert not any(one.exists() for one in left) and caplog.text.count("half written") == 2
+    assert not any(one.exists() for one in left) and caplog.text.count("half written") == 4
 
 
 def test_a_damaged_part_is_named_with_the_way_out(tmp_path: Path) -> None:
