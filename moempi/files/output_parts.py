@@ -153,17 +153,17 @@ def latest_of(parts: list[Part], n_sequences: int) -> Latest:
     return latest
 
 
-def restore(parts: list[Part]) -> dict[int, Completion]:
-    """The newest completion of every sequence that some part holds, by row of the input."""
+def restore_partial(parts: list[Part], latest: Latest) -> dict[int, Completion]:
+    """The sequences that are begun and not finished, by row of the input; the tokens of all others stay on the disk."""
+    begun = np.flatnonzero((latest.part >= 0) & (latest.finish_reason == PARTIAL))
     restored = {}
-    latest = latest_of(parts, parts[0].origin.n_sequences if parts else 0)
-    for number, part in enumerate(parts):
-        tokens, logprobs = read_values(part)
-        rows = np.arange(len(part.index))
-        for row in rows[(latest.part[part.index] == number) & (latest.row[part.index] == rows)]:
-            begin, end = part.offsets[row], part.offsets[row + 1]
-            index, reason = int(part.index[row]), FINISH_REASONS[part.finish_reason[row]]
-            restored[index] = Completion(index, tokens[begin:end], logprobs[begin:end], reason)
+    for number in np.unique(latest.part[begun]):
+        tokens, logprobs = read_values(parts[number])
+        for index in begun[latest.part[begun] == number].tolist():
+            begin, end = parts[number].offsets[latest.row[index] :][:2]
+            # Copies: a view keeps all of its part in memory.
+            values = tokens[begin:end].copy(), logprobs[begin:end].copy()
+            restored[index] = Completion(index, *values, FINISH_REASONS[PARTIAL])
     return restored
 
 

@@ -23,7 +23,7 @@ from moempi.cli.outputs import printable
 from moempi.errors import DataError, JobError
 from moempi.files import lock as locks
 from moempi.files import output_parts, schema
-from moempi.files.completions import Completion, Origin, OutputsFile, ragged_ranges, read_head
+from moempi.files.completions import FINISH_REASONS, Completion, Origin, OutputsFile, ragged_ranges, read_head
 from moempi.files.inputs import Prompts, write_inputs
 from moempi.files.lock import Lock, lock_file
 from moempi.files.output_writer import OutputWriter
@@ -70,6 +70,10 @@ def write_whole(path: Path, n: int, prefix: str = "p", **changes: object) -> Non
         for index in range(n):
             writer.put(completion(index, index % 5))
         writer.finish(prompts_of(n, prefix), {"mode": "exact", "decode": decode, "tokens_per_second": 1.5})
+
+
+def begun(writer: OutputWriter) -> list[int]:
+    return np.flatnonzero(writer.latest.part >= 0).tolist()
 
 
 def same(found: Completion, wanted: Completion) -> bool:
@@ -204,36 +208,48 @@ def test_overwrite_removes_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     write_whole(path, 4)
     with start(path, 3, overwrite=True, identity={"model": "another"}) as writer:
-        assert not path.exists() and not writer.restored and not writer.complete
+        assert not path.exists() and not begun(writer) and not writer.complete
         writer.put(completion(2))
     with start(path, 3, overwrite=True) as writer:
-        assert not writer.restored
+        assert not begun(writer)
 
 
 def test_resume_restores_the_highest_commit_of_each_sequence(tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     with start(path, 5, resume=True) as writer:  # nothing there: a fresh start
-        assert not writer.restored and not writer.complete
+        assert not begun(writer) and not writer.complete
         writer.put(completion(3, 2, "partial"))
         writer.put(completion(1, 4, "eos"))
         writer.commit()
         writer.put(completion(3, 1, "partial"))
         writer.put(completion(3, 6, "partial"))
     with start(path, 5, resume=True) as writer:
-        assert sorted(writer.restored) == [1, 3]
-        assert same(writer.restored[1], completion(1, 4, "eos"))
-        assert same(writer.restored[3], completion(3, 6, "partial"))
+        assert begun(writer) == [1, 3] and writer.latest.length.tolist() == [0, 4, 0, 6, 0]
+        assert [FINISH_REASONS[writer.latest.finish_reason[row]] for row in (1, 3)] == ["eos", "partial"]
+        assert list(writer.partial) == [3] and same(writer.partial[3], completion(3, 6, "partial"))
         writer.put(completion(3, 7))
     names = sorted(one.name for one in parts_folder(path).iterdir())
     assert names == ["part-00000001.h5", "part-00000002.h5", "part-00000003.h5"]
     with start(path, 5, resume=True) as writer:
-        assert same(writer.restored[3], completion(3, 7))
+        assert not writer.partial and writer.latest.length[3] == 7
         for index in (0, 2, 4):
             writer.put(completion(index, 0))
         writer.finish(prompts_of(5), {"mode": "exact"})
     assert read_head(path).lengths.tolist() == [0, 4, 0, 7, 0]
     with start(path, 5, resume=True) as writer:
-        assert writer.complete and not writer.restored
+        assert writer.complete and not begun(writer)
+
+
+def test_a_resume_keeps_only_unfinished_sequences_in_memory_and_nothing_of_their_parts(tmp_path: Path) -> None:
+    path = tmp_path / "out.h5"
+    with start(path, 9) as writer:
+        for index in range(8):
+            writer.put(completion(index, 1000))
+        writer.put(completion(8, 5, "partial"))
+    with start(path, 9, resume=True) as writer:
+        assert list(writer.partial) == [8] and same(writer.partial[8], completion(8, 5, "partial"))
+        assert writer.partial[8].tokens.base is None and writer.partial[8].logprobs.base is None
+        assert writer.latest.length.tolist() == [1000] * 8 + [5]
 
 
 def test_resume_with_another_identity_names_every_key_with_both_values(tmp_path: Path) -> None:
@@ -280,7 +296,7 @@ def test_temporaries_of_a_killed_run_are_ignored_and_removed(tmp_path: Path, cap
         one.write_bytes(b"\x89HDF half")
     assert read_outputs(path).ids == ["0"]
     with start(path, 2, resume=True, trace=trace) as writer:
-        assert list(writer.restored) == [0]
+        assert begun(writer) == [0]
     assert not any(one.exists() for one in left) and caplog.text.count("half written") == 4
 
 
@@ -322,11 +338,11 @@ def test_damaged_columns_of_the_final_file_are_refused(tmp_path: Path) -> None:
 _CHILD = """
 import sys, numpy as np
 from pathlib import Path
-from tests.unit.test_outputs import completion, start
+from tests.unit.test_outputs import begun, completion, start
 path, n = Path(sys.argv[1]), int(sys.argv[2])
 writer = start(path, n, resume=True)
-begun = max(writer.restored, default=-1) + 1
-for index in range(begun, n):
+first = max(begun(writer), default=-1) + 1
+for index in range(first, n):
     writer.put(completion(index, 50))
     if index % 3 == 2:
         writer.commit()
@@ -354,7 +370,7 @@ def test_after_kill_9_every_committed_sequence_is_readable(tmp_path: Path) -> No
             assert np.array_equal(found.logprobs[50 * row : 50 * row + 50], completion(row, 50).logprobs)
     # The lock of the killed process on this host does not stand in the way.
     with start(path, n, resume=True) as writer:
-        assert len(writer.restored) == len(found)
+        assert len(begun(writer)) == len(found)
 
 
 # ---------------------------------------------------------------- the lock
