@@ -12,9 +12,7 @@ from moempi.files.trace import between, make_way, merge_trace
 from moempi.files.trace_writer import TraceWriter
 from moempi.job import Job
 from moempi.prepare import Shape
-from moempi.recorder import Recorder
-
-PART_BYTES = 64 * 2**20  # of notes in memory, before they are written
+from moempi.recorder import PART_BYTES, Recorder
 
 
 class Tracer:
@@ -45,7 +43,7 @@ class Tracer:
         self._next = time.monotonic() + self._every
 
     def __call__(self) -> bool:
-        """Write a part if there is much to write, or if it is time."""
+        """Have a part written if there is much to write, or if it is time; waits where the disk is two parts behind."""
         if self.recorder.size() < PART_BYTES and time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + self._every

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from moempi import analysis
 from moempi import recorder as recorders
 from moempi.cli.trace import trace as command
 from moempi.errors import DataError
-from moempi.files import schema, trace_columns, trace_counters
+from moempi.files import schema, trace_columns, trace_counters, trace_writer
 from moempi.files.parts import parts_folder
 from moempi.files.trace import Clocks, complete, make_way, merge_trace, set_aside, write_part
 from moempi.files.trace_writer import TraceWriter
@@ -297,6 +299,41 @@ def test_the_writer_writes_from_its_thread_and_tells_of_errors(tmp_path: Path) -
     writer.put(notes.take())
     with pytest.raises(DataError, match="could not be written"):
         writer.close()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_writer_holds_few_parts_however_slow_the_disk_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    disk, written, put = threading.Event(), [], []
+
+    def slow(path: Path, rank: int, number: int, *_: object) -> None:
+        disk.wait(60)
+        if fails:
+            raise DataError("disk full")
+        written.append(number)
+
+    monkeypatch.setattr(trace_writer, "write_part", slow)
+    writer = TraceWriter(tmp_path / "t.h5", 0, {})
+
+    def notes() -> None:
+        with contextlib.suppress(DataError):
+            for number in range(6):
+                writer.put({"load": np.zeros(1)})
+                put.append(number)
+
+    rank = threading.Thread(target=notes, daemon=True)
+    rank.start()
+    rank.join(0.3)
+    assert len(put) <= recorders.PARTS_HELD - 1
+    disk.set()
+    rank.join(60)
+    assert not rank.is_alive()
+    if fails:
+        with pytest.raises(DataError, match="could not be written: disk full"):
+            writer.close()
+    else:
+        assert writer.close() == 6 and written == [1, 2, 3, 4, 5, 6]
 
 
 # ---------------------------------------------------------------- runs that did not end
