@@ -352,10 +352,12 @@ class Drain:
     def install(self, *numbers: int) -> None:
         """Note these signals from now on (default: SIGUSR1). Main thread only.
 
-        A process that runs alone, with no launcher between it and the terminal, adds SIGINT and SIGTERM.
+        A process that runs alone, with no launcher between it and the terminal, adds SIGINT, SIGTERM
+        and SIGHUP; under nohup that one stays ignored.
         """
         for number in numbers or (signal.SIGUSR1,):
-            signal.signal(number, self._note)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number in (signal.SIGINT, signal.SIGTERM):

@@ -63,7 +63,9 @@ def ready(running: Running, ranks: int = 2) -> list[int]:
     return [int(pid) for pid in running.wait_for(r"ready (\d+);", ranks)]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGUSR1, 75)]
+)
 def test_first_signal_drains(number: int, code: int) -> None:
     with Running(launcher("willing")) as running:
         ready(running)

@@ -170,6 +170,18 @@ def test_guard_shows_where_a_bug_is(capsys: pytest.CaptureFixture, monkeypatch: 
     assert told.startswith("moempi: error: ValueError: boom\nTraceback") and "raise_it" in told
 
 
+@pytest.mark.parametrize(("before", "drains"), [(signal.SIG_DFL, True), (signal.SIG_IGN, False)])
+def test_the_end_of_a_terminal_drains_but_under_nohup(before: signal.Handlers, drains: bool) -> None:
+    drain, earlier = mpi.Drain(), signal.signal(signal.SIGHUP, before)
+    try:
+        drain.install(signal.SIGHUP)
+        if drains or signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            signal.raise_signal(signal.SIGHUP)
+        assert drain.requested == drains and drain.exit_code == 75
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
+
+
 def test_drain_notes_and_a_second_interrupt_interrupts() -> None:
     drain = mpi.Drain()
     assert not drain.requested
