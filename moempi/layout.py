@@ -114,6 +114,7 @@ def lay_out(
             "arrival_budget": budget,
             "packed_head": device == "cpu",
             "gpu": device == "cuda",
+            "trace_bytes": memory.trace_bytes(job.trace.level) if device == "cpu" else 0,
         },
         gpu_bytes=gpu_bytes,
     )

@@ -16,6 +16,7 @@ from moempi.device.kernels import ARITHMETIC
 from moempi.device.seam import Device
 from moempi.errors import DataError, JobError, MoempiError
 from moempi.exchange.nodes import Nodes
+from moempi.files.completions import PARTIAL
 from moempi.files.inputs import Prompts, check_prompts, read_inputs
 from moempi.files.links import read_links
 from moempi.files.output_writer import OutputWriter
@@ -93,8 +94,17 @@ def look(job: Job, n_ranks: int, nodes: Nodes | None = None, *, verify: bool = F
     dtype = job.model.dtype if job.model.dtype != "auto" else str(stored).removeprefix("torch.")
     load, links = _measured_load(job, config), _measured_links(job)
     layout = lay_out(
-        job, config, dtype, n_ranks, positions, load, new_tokens=new_tokens, nodes=nodes, links=links,
-        device=device_kind(job), gpu_bytes=_gpu_bytes(job, n_ranks, nodes),
+        job,
+        config,
+        dtype,
+        n_ranks,
+        positions,
+        load,
+        new_tokens=new_tokens,
+        nodes=nodes,
+        links=links,
+        device=device_kind(job),
+        gpu_bytes=_gpu_bytes(job, n_ranks, nodes),
     )
     sources = {"weights": model, "inputs": inputs}
     return Found(Shape(config, layout, eos_tokens, model), prompts, new_tokens, sources)
@@ -137,9 +147,7 @@ def _measured_links(job: Job) -> Links | None:
     return Links(found.source, found.destination, found.latency, found.bandwidth, crowd)
 
 
-def look_together(
-    comm: MPI.Intracomm, job: Job, nodes: Nodes, *, verify: bool = False
-) -> tuple[Shape, Found | None]:
+def look_together(comm: MPI.Intracomm, job: Job, nodes: Nodes, *, verify: bool = False) -> tuple[Shape, Found | None]:
     """`look` on rank 0, its result or its error on all ranks. Collective.
 
     Raises:
@@ -180,7 +188,7 @@ def _gpu_bytes(job: Job, n_ranks: int, nodes: Nodes | None) -> int:
 
 
 def device_kind(job: Job) -> str:
-    """"cpu" or "cuda": what the ranks of a job compute on, as this process sees it."""
+    """ "cpu" or "cuda": what the ranks of a job compute on, as this process sees it."""
     if job.run.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return job.run.device
@@ -282,9 +290,9 @@ def assignments(found: Found, writer: OutputWriter) -> dict[int, Assignment]:
     """The sequences that are still to be finished, by row of the input, with what is generated of them."""
     todo = {}
     for row, (tokens, new) in enumerate(zip(found.prompts.tokens, found.new_tokens, strict=True)):
-        begun = writer.restored.get(row)
-        if begun is not None and begun.finish_reason != "partial":
+        if writer.latest.finish_reason[row] != PARTIAL:
             continue
+        begun = writer.partial.get(row)
         generated = begun.tokens.tolist() if begun else []
         logprobs = begun.logprobs.tolist() if begun else []
         todo[row] = Assignment(row, [*tokens.tolist(), *generated], len(tokens), new, logprobs)

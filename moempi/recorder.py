@@ -46,6 +46,8 @@ SPAN = np.dtype(
 )
 _pack = struct.Struct("<bbhiiiqqqq").pack
 _SPAN_COST = SPAN.itemsize + 41  # bytes that a packed span takes in memory, with Python's own
+PART_BYTES = 64 * 2**20  # of notes in memory, before they are handed over to be written
+PARTS_HELD = 3  # at most, where the disk is slow: one that grows, one that waits and one that is written
 SIZE_CLASSES = 64  # of messages: class c holds 2^(c - 1) to 2^c - 1 bytes
 
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from moempi.build import Rank
 from moempi.errors import EXIT_DONE
+from moempi.files.completions import PARTIAL
 from moempi.files.output_writer import OutputWriter
+from moempi.files.trace import complete
 from moempi.files.weights import open_weights
 from moempi.job import Job
 from moempi.mpi import meet
@@ -127,12 +129,15 @@ def finish(
 
 def committed_before(writer: OutputWriter | None) -> tuple[int, int]:
     """(finished sequences, new tokens) that the runs before this one have committed; rank 0, nothing elsewhere."""
-    begun = writer.restored.values() if writer is not None else ()
-    return sum(one.finish_reason != "partial" for one in begun), sum(len(one.tokens) for one in begun)
+    if writer is None:
+        return 0, 0
+    return int((writer.latest.finish_reason != PARTIAL).sum()), int(writer.latest.length.sum())
 
 
 def nothing_to_do(job: Job, found: Found | None) -> Outcome:
-    """What a run comes to whose output is complete already."""
+    """What a run comes to whose output is complete already; its trace is completed here where it was killed before."""
+    if found is not None and job.trace.level != "off":
+        complete(job.trace_file)
     n = len(found.prompts.ids) if found else 0
     return Outcome(EXIT_DONE, sequences=n, finished=n, earlier_finished=n, output=job.output.file, already_done=True)
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 
 from moempi.exchange.topology import Clock, Topology, align_clocks
-from moempi.files.parts import remove_parts
-from moempi.files.trace import between, merge_trace, remove_kept, set_aside
+from moempi.files.trace import between, make_way, merge_trace
 from moempi.files.trace_writer import TraceWriter
 from moempi.job import Job
 from moempi.prepare import Shape
-from moempi.recorder import Recorder
-
-PART_BYTES = 64 * 2**20  # of notes in memory, before they are written
+from moempi.recorder import PART_BYTES, Recorder
 
 
 class Tracer:
@@ -25,8 +21,7 @@ class Tracer:
     Collective to build and to `finish`.
 
     Args:
-        resume: keep the trace of the run that is gone on with, under another name.
-        overwrite: remove it, and those that were kept that way. With neither, an output is not begun where a trace is.
+        resume, overwrite: what happens to an earlier trace, as of `make_way`.
     """
 
     def __init__(self, topology: Topology, job: Job, shape: Shape, *, resume: bool, overwrite: bool):
@@ -37,10 +32,7 @@ class Tracer:
         )
         self._topology, self._job = topology, job
         if world.rank == 0:
-            if resume:
-                set_aside(self.path)
-            elif overwrite:
-                clear(self.path)
+            make_way(self.path, job.trace.level, resume=resume, overwrite=overwrite)
         self._clock = align_clocks(world)
         self.start = world.bcast(time.perf_counter_ns(), root=0)
         placement = shape.layout.placement
@@ -51,7 +43,7 @@ class Tracer:
         self._next = time.monotonic() + self._every
 
     def __call__(self) -> bool:
-        """Write a part if there is much to write, or if it is time."""
+        """Have a part written if there is much to write, or if it is time; waits where the disk is two parts behind."""
         if self.recorder.size() < PART_BYTES and time.monotonic() < self._next:
             return False
         self._next = time.monotonic() + self._every
@@ -86,10 +78,3 @@ class Tracer:
 def measured_clocks(clocks: Iterable[Clock]) -> np.ndarray:
     """Offset, error and time of measurement of every rank: int64 [N, 3]."""
     return np.array([(clock.offset, clock.error, clock.at) for clock in clocks], dtype=np.int64)
-
-
-def clear(path: Path) -> None:
-    """Remove an earlier trace, and those of the attempts before it."""
-    path.unlink(missing_ok=True)
-    remove_parts(path)
-    remove_kept(path)

@@ -27,6 +27,8 @@ def memory_table(layout: Layout) -> list[str]:
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     own = layout.memory[0].context_bytes
     lines += [f"The totals hold {show_bytes(own)} of CUDA's own."] if own else []
+    notes = layout.memory[0].trace_bytes
+    lines += [f"The totals hold {show_bytes(notes)} for the trace on its way to the disk."] if notes else []
     if layout.kv_tokens < layout.kv_wanted:
         lines += [f"KV cache: {layout.kv_tokens} of {layout.kv_wanted} positions; sequences wait for room."]
     return [f"Memory per rank on {layout.n_ranks} ranks, {layout.dtype}, {count}:", *lines]

@@ -132,14 +132,14 @@ def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: 
     began = float(os.environ.get(BEGAN) or time.time())
     alone = mpi.launched_size() == 1
     if alone:
-        # No launcher stands between this process and the terminal: Ctrl-C drains too.
+        # No launcher stands between this process and the terminal: Ctrl-C drains too, and so does its end.
         mpi.signals.answer = "\nmoempi: stopping: what is done gets committed, and --resume goes on from there\n"
         mpi.signals.install(signal.SIGUSR1, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     if job.run.device != "cpu" and job.exchange.gpu_aware != "off":
         _prepare_gpu_mpi()
     world = mpi.start()
     if alone:
-        mpi.signals.install(signal.SIGHUP)  # Open MPI takes it where it is no launcher's child, and does nothing
+        mpi.signals.install(signal.SIGHUP)  # once more: libraries of MPI (UCX) take it for themselves
     draws = world.rank == 0 and not shown.quiet
     terminal = (open_terminal(os.environ) or own_terminal(sys.stderr, os.environ)) if draws else None
     logs.set_up(world.rank, quiet=shown.quiet, folder=shown.log_dir, in_terminal=terminal is not None, append=resume)
@@ -156,8 +156,18 @@ def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: 
     if world.rank == 0 and shown.as_json:
         click.echo(json.dumps(outcome.as_dict()))
     elif world.rank == 0 and not shown.quiet:
-        click.echo(describe(outcome, time.time() - began))
+        _tell(describe(outcome, time.time() - began))
     return outcome.exit_code
+
+
+def _tell(text: str) -> None:
+    """Say the last lines; that the terminal is gone makes no failure of a run which that has stopped."""
+    try:
+        click.echo(text)
+    except OSError:
+        if mpi.signals.signal != signal.SIGHUP:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing is to be flushed into it at exit
 
 
 def _warn_of_hidden_gpus(world: MPI.Intracomm) -> None:

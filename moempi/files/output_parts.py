@@ -60,10 +60,10 @@ def write_part(
         check: called when all is written and before it counts; it raises where this run may not write any more.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: it cannot be written, or another run has made a commit of that number.
     """
     path = parts_folder(target) / f"part-{commit:08d}.h5"
-    with schema.create(path, "outputs-part", sources=origin.sources) as file:
+    with schema.create(path, "outputs-part", sources=origin.sources, before=check, new=True) as file:
         file.attrs["commit"] = commit
         file.attrs["n_sequences"] = origin.n_sequences
         schema.write_text(file, "job", origin.job)
@@ -73,9 +73,6 @@ def write_part(
         file["offsets"] = np.cumsum([0, *(len(one.tokens) for one in completions)], dtype=np.int64)
         file["tokens"] = _joined([one.tokens for one in completions], np.int32)
         file["logprobs"] = _joined([one.logprobs for one in completions], np.float32)
-        check()
-        if path.exists():
-            raise DataError(f"{path}: is there already; another run is writing the same output")
 
 
 def _joined(arrays: list[np.ndarray], dtype: type) -> np.ndarray:
@@ -156,17 +153,17 @@ def latest_of(parts: list[Part], n_sequences: int) -> Latest:
     return latest
 
 
-def restore(parts: list[Part]) -> dict[int, Completion]:
-    """The newest completion of every sequence that some part holds, by row of the input."""
+def restore_partial(parts: list[Part], latest: Latest) -> dict[int, Completion]:
+    """The sequences that are begun and not finished, by row of the input; the tokens of all others stay on the disk."""
+    begun = np.flatnonzero((latest.part >= 0) & (latest.finish_reason == PARTIAL))
     restored = {}
-    latest = latest_of(parts, parts[0].origin.n_sequences if parts else 0)
-    for number, part in enumerate(parts):
-        tokens, logprobs = read_values(part)
-        rows = np.arange(len(part.index))
-        for row in rows[(latest.part[part.index] == number) & (latest.row[part.index] == rows)]:
-            begin, end = part.offsets[row], part.offsets[row + 1]
-            index, reason = int(part.index[row]), FINISH_REASONS[part.finish_reason[row]]
-            restored[index] = Completion(index, tokens[begin:end], logprobs[begin:end], reason)
+    for number in np.unique(latest.part[begun]):
+        tokens, logprobs = read_values(parts[number])
+        for index in begun[latest.part[begun] == number].tolist():
+            begin, end = parts[number].offsets[latest.row[index] :][:2]
+            # Copies: a view keeps all of its part in memory.
+            values = tokens[begin:end].copy(), logprobs[begin:end].copy()
+            restored[index] = Completion(index, *values, FINISH_REASONS[PARTIAL])
     return restored
 
 
@@ -237,13 +234,12 @@ def assemble(
     _check_finished(target, latest, prompts)
     measured = {key: value for key, value in meta.items() if key not in ("mode", "decode")}
     decode = meta.get("decode")
-    with schema.create(target, "outputs", sources=origin.sources, job=origin.job) as file:
+    with schema.create(target, "outputs", sources=origin.sources, job=origin.job, before=check) as file:
         texts = {"prompts": prompts.text is not None, "completions": decode is not None}
         final = OutputsFile(file, origin, meta["mode"], **texts)
         schema.write_text(file, "run", json.dumps(measured, indent=2))
         for begin, end in ragged_ranges(latest.length, window):
             final.append(gather(parts, latest, np.arange(begin, end), prompts, decode))
-        check()
 
 
 def _check_finished(target: Path, latest: Latest, prompts: Prompts) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from moempi.errors import DataError, JobError
 from moempi.files.completions import PARTIAL, Completion, Origin, read_head
-from moempi.files.lock import HEARTBEAT, Lock
-from moempi.files.output_parts import PATTERN, assemble, read_parts, restore, write_part
+from moempi.files.lock import Lock
+from moempi.files.output_parts import PATTERN, Latest, assemble, latest_of, read_parts, restore_partial, write_part
 from moempi.files.parts import committed_parts, make_folder, parts_folder, remove_parts, remove_temporaries
 from moempi.files.trace import refuse_existing
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 class OutputWriter:
     """Commits completions from a thread of its own; on rank 0 only, no MPI.
 
-    `restored` holds what a resumed run finds committed, by row of the input, finished and partial completions alike;
-    `complete` is true when the final file is there. An error of the thread is raised, as a DataError with its cause,
-    by the next `put`, `commit`, `finish` or `close`; what was committed before stays.
+    `latest` says what a resumed run finds committed of every sequence, `partial` holds those that are not finished, by
+    row of the input; `complete` is true when the final file is there. An error of the thread is raised, as a DataError
+    with its cause, by the next `put`, `commit`, `finish` or `close`; what was committed before stays.
     """
 
     def __init__(
@@ -35,12 +35,13 @@ class OutputWriter:
         origin: Origin,
         lock: Lock,
         commit_every: float,
-        restored: dict[int, Completion],
+        latest: Latest,
+        partial: dict[int, Completion],
         last_commit: int,
         complete: bool,
     ) -> None:
         self.path = path
-        self.restored = restored
+        self.latest, self.partial = latest, partial
         self.complete = complete
         self._origin = origin
         self._lock = lock
@@ -102,6 +103,8 @@ class OutputWriter:
                 if trace is not None:
                     refuse_existing(trace)
             remove_temporaries(path)
+            if trace is not None:
+                remove_temporaries(trace)
             complete = resume and _is_complete(path, origin)
             if complete:
                 remove_parts(path)
@@ -111,7 +114,8 @@ class OutputWriter:
             if not complete:
                 make_folder(parts_folder(path))
             last = parts[-1].commit if parts else 0
-            return cls(path, origin, lock, commit_every, restore(parts), last, complete)
+            latest = latest_of(parts, n_sequences)
+            return cls(path, origin, lock, commit_every, latest, restore_partial(parts, latest), last, complete)
         except BaseException:
             lock.release()
             raise
@@ -183,13 +187,9 @@ class OutputWriter:
     # ------------------------------------------------------------ the thread
 
     def _work(self) -> None:
-        beat = time.monotonic() + HEARTBEAT
         try:
             while True:
-                batch, ticket, stopping = self._next(beat)
-                if time.monotonic() >= beat:
-                    self._lock.refresh()
-                    beat = time.monotonic() + HEARTBEAT
+                batch, ticket, stopping = self._next()
                 if batch:
                     self._number += 1
                     write_part(self.path, self._number, batch, self._origin, self._lock.check)
@@ -203,13 +203,11 @@ class OutputWriter:
                 self._error = error
                 self._changed.notify_all()
 
-    def _next(self, beat: float) -> tuple[list[Completion], int, bool]:
+    def _next(self) -> tuple[list[Completion], int, bool]:
         """Wait until there is something to do: (completions to commit, requests that this answers, stop?)."""
         with self._changed:
-            while not (self._stopping or self._asked > self._done or time.monotonic() >= min(self._due, beat)):
-                self._changed.wait(max(0.0, min(self._due, beat) - time.monotonic()))
-            if not self._stopping and self._asked == self._done and time.monotonic() < self._due:
-                return [], self._done, False
+            while not (self._stopping or self._asked > self._done or time.monotonic() >= self._due):
+                self._changed.wait(min(self._due - time.monotonic(), threading.TIMEOUT_MAX))
             batch, self._pending, self._due = list(self._pending.values()), {}, float("inf")
             return batch, self._asked, self._stopping
 

@@ -9,11 +9,12 @@ can hang the HDF5 library where Python cannot interrupt it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
@@ -44,6 +45,7 @@ COMPUTED = ("outputs", "trace")  # files whose numbers depend on the processor
 LIBVER = ("earliest", "v110")
 COMPRESSION: dict[str, Any] = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 CHUNK = 65536
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system that has no hard links
 # What h5py and numpy raise for an object of another kind, type or shape than was asked for.
 DAMAGE = (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -64,7 +66,14 @@ BFLOAT16 = _bfloat16_type()
 
 @contextmanager
 def create(
-    path: Path, kind: str, *, sources: Mapping[str, str] | None = None, job: str = "", made_by: str = ""
+    path: Path,
+    kind: str,
+    *,
+    sources: Mapping[str, str] | None = None,
+    job: str = "",
+    made_by: str = "",
+    before: Callable[[], None] = lambda: None,
+    new: bool = False,
 ) -> Iterator[h5py.File]:
     """Write a file of `kind` under a temporary name; move it into place, synced, when the block ends well.
 
@@ -74,6 +83,8 @@ def create(
         sources: {name: SHA-256 in hex} of the files that this one is made from.
         job: the effective job, or what of it went into the file, as JSON text; "": the file is not made by a job.
         made_by: the environment that computed what goes into the file, as JSON text; "": this one.
+        before: called when all is on the disk, right before the move; what it raises keeps the file from counting.
+        new: a file of that name is an error, and stays.
 
     Raises:
         DataError: the file cannot be written (no such folder, disk full, ...), with the cause.
@@ -97,10 +108,45 @@ def create(
             sink.close()
             if sink.error:
                 raise DataError(f"{path}: cannot be written: {sink.error.strerror}") from sink.error
-        temporary.replace(path)
-        sync(path.parent)
+        before()
+        _put(temporary, path, new)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _put(temporary: Path, path: Path, new: bool) -> None:
+    try:
+        if new:
+            move_new(temporary, path)
+        else:
+            temporary.replace(path)
+        sync(path.parent)
+    except FileExistsError:
+        raise DataError(f"{path}: is there already; another run is writing the same output") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def move_new(source: Path, path: Path) -> None:
+    """Give a file another name, which nothing else may have.
+
+    Raises:
+        FileExistsError: something has it.
+    """
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        # Where the answer of a file server is lost, the link is asked for twice.
+        if not path.samefile(source):
+            raise
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        source.rename(path)
+        return
+    source.unlink()
 
 
 def sync(path: Path) -> None:

@@ -29,7 +29,14 @@ import numpy as np
 
 from moempi.errors import DataError, JobError
 from moempi.files import schema
-from moempi.files.parts import Column, committed_parts, make_folder, parts_folder, remove_parts
+from moempi.files.parts import (
+    Column,
+    committed_parts,
+    make_folder,
+    parts_folder,
+    remove_parts,
+    remove_temporaries,
+)
 from moempi.files.trace_checks import check_about
 from moempi.files.trace_columns import COLUMNS, LEGENDS, SHAPE, WIDE, groups_of
 from moempi.files.trace_counters import Counters, Load, Wall
@@ -260,6 +267,21 @@ def refuse_existing(path: Path) -> None:
         )
 
 
+def make_way(path: Path, level: str, *, resume: bool, overwrite: bool) -> None:
+    """Before a run begins its trace: keep the one of the run that is gone on with, under another name, or remove all.
+
+    At level "off" nothing is written, and what is there stays. With neither, an output is not begun where a trace is.
+    """
+    if level == "off":
+        return
+    if resume:
+        set_aside(path)
+    elif overwrite:
+        path.unlink(missing_ok=True)
+        remove_parts(path)
+        _remove_kept(path)
+
+
 def set_aside(path: Path) -> Path | None:
     """Keep the trace of an earlier attempt before a resumed run begins its own: as `<name>.1.h5`, `.2.h5`, ...
 
@@ -267,19 +289,37 @@ def set_aside(path: Path) -> Path | None:
         The name it now has, or None where there was no trace.
     """
     kept = next(one for one in _kept_names(path) if not one.exists())
+    remove_temporaries(kept)
     if path.exists():
         path.rename(kept)
         remove_parts(path)
-    elif committed_parts(path, PATTERN):
-        with schema.create(kept, "trace") as file:
-            fill_from_parts(file, path)
-        remove_parts(path)
+    else:
+        _merge_left(path, kept)
     return kept if kept.exists() else None
 
 
-def remove_kept(path: Path) -> None:
-    """Remove the traces of earlier attempts that `set_aside` has kept."""
+def complete(path: Path) -> None:
+    """Merge the parts of a run that was killed between writing its output and its trace; nothing where there are none.
+
+    Raises:
+        DataError: they are damaged, or the trace cannot be written.
+    """
+    if path.exists():
+        remove_parts(path)
+    else:
+        _merge_left(path, path)
+
+
+def _merge_left(path: Path, to: Path) -> None:
+    if committed_parts(path, PATTERN):
+        with schema.create(to, "trace") as file:
+            fill_from_parts(file, path)
+        remove_parts(path)
+
+
+def _remove_kept(path: Path) -> None:
     for kept in _kept_names(path):
+        remove_temporaries(kept)
         if not kept.exists():
             return
         kept.unlink()

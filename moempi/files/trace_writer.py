@@ -12,12 +12,14 @@ import numpy as np
 
 from moempi.errors import DataError
 from moempi.files.trace import write_part
+from moempi.recorder import PARTS_HELD
 
 
 class TraceWriter:
     """Writes what a recorder gave as part files, from a thread of its own; no MPI.
 
-    An error of the thread is raised by the next `put` or `close`, as a DataError.
+    One part waits at most while another is written. An error of the thread is raised by the next `put` or `close`, as a
+    DataError.
 
     Args:
         path: the trace.
@@ -27,13 +29,13 @@ class TraceWriter:
     def __init__(self, path: Path, rank: int, about: Mapping[str, Any]) -> None:
         self.written = 0  # parts
         self._path, self._rank, self._about = path, rank, dict(about)
-        self._waiting: queue.SimpleQueue[dict[str, np.ndarray] | None] = queue.SimpleQueue()
+        self._waiting: queue.Queue[dict[str, np.ndarray] | None] = queue.Queue(PARTS_HELD - 2)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="trace", daemon=True)
         self._thread.start()
 
     def put(self, arrays: dict[str, np.ndarray]) -> None:
-        """Hand over the arrays of `Recorder.take`; never waits for the disk. Nothing is written for {} (level off)."""
+        """Hand over the arrays of `Recorder.take`; waits where one waits already. {} (level off) is nothing."""
         self._raise_error()
         if arrays:
             self._waiting.put(arrays)
@@ -56,3 +58,6 @@ class TraceWriter:
                 self.written += 1
         except BaseException as error:
             self._error = error
+            # Whoever waits for room must get it, to be told.
+            while self._waiting.get() is not None:
+                pass

@@ -19,6 +19,7 @@ from moempi.exchange.relay_wire import ALIGNED
 from moempi.model.config import PAGE, ModelConfig
 from moempi.planning import gpu_memory
 from moempi.planning.placement import COLUMNS, Placement
+from moempi.recorder import PART_BYTES, PARTS_HELD
 
 _WAYS_OUT = "lower run.capacity, memory.kv_tokens, run.prefill_tokens or exchange.arrival_budget, or raise memory.limit"
 # Combined in float32, and so are the pieces of a cut expert returned.
@@ -39,12 +40,13 @@ class RankMemory:
     message_bytes: int  # arrivals and their answers, and the rows that its microbatches send and await
     step_bytes: int  # activations, at most
     context_bytes: int = 0  # what CUDA takes for itself
+    trace_bytes: int = 0  # notes of the trace on their way to the disk
 
     @property
     def total(self) -> int:
         """Sum of all parts in bytes."""
         parts = (self.shared_bytes, self.expert_bytes, self.kv_bytes, self.message_bytes, self.step_bytes)
-        return sum(parts) + self.context_bytes
+        return sum(parts) + self.context_bytes + self.trace_bytes
 
 
 def plan_memory(
@@ -61,6 +63,7 @@ def plan_memory(
     packed_head: bool = False,
     relays: Mapping[int, int] | None = None,
     gpu: bool = False,
+    trace_bytes: int = 0,
 ) -> list[RankMemory]:
     """The plan of every rank, in order of rank.
 
@@ -76,6 +79,7 @@ def plan_memory(
         relays: bytes that each relay gives to hops; None: rows go straight to their ranks. Where there are relays,
             homes pack rows for them, and receive what they bring, beside their own.
         gpu: it is the memory of GPUs.
+        trace_bytes: as of `trace_bytes`.
     """
     shared = shared_bytes(config, dtype_bytes, packed_head)
     kv = kv_bytes(config, dtype_bytes, kv_tokens)
@@ -104,6 +108,7 @@ def plan_memory(
             message_bytes=arrival_budget + own * home[rank] + (relays or {}).get(rank, 0),
             step_bytes=step,
             context_bytes=gpu_memory.CONTEXT if gpu else 0,
+            trace_bytes=trace_bytes,
         )
         for rank in range(placement.n_ranks)
     ]
@@ -247,7 +252,16 @@ def _parts(plan: RankMemory) -> str:
         "activations": plan.step_bytes,
     }
     parts |= {"CUDA's own": plan.context_bytes} if plan.context_bytes else {}
+    parts |= {"trace": plan.trace_bytes} if plan.trace_bytes else {}
     return ", ".join(f"{name} {show_bytes(size)}" for name, size in parts.items())
+
+
+def trace_bytes(level: str) -> int:
+    """Most bytes that a rank holds of its trace: a part that grows, and those that are not on the disk yet.
+
+    Counters, which are all that there is below level full, take next to nothing.
+    """
+    return PARTS_HELD * PART_BYTES if level in ("full", "routes") else 0
 
 
 def slots_within(
@@ -263,6 +277,7 @@ def slots_within(
     packed_head: bool = False,
     relays: Mapping[int, int] | None = None,
     gpu: bool = False,
+    trace_bytes: int = 0,
     n_ranks: int = 1,
 ) -> int | None:
     """Most whole experts, over all layers, that fit a home rank: the `slot_limit` of `place`. None: no limit.
@@ -286,6 +301,7 @@ def slots_within(
         packed_head=packed_head,
         relays=None if relays is None else {0: max(relays.values(), default=0)},
         gpu=gpu,
+        trace_bytes=trace_bytes,
     )[0]
     if rest.total > limit:
         raise FitError(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from moempi.errors import EXIT_COMMITTED, EXIT_DONE, EXIT_KILLED, JobError, MoempiError
 from moempi.files.committed import Committed, committed
-from moempi.files.lock import outwait
 from moempi.slurm import scheduler
 
 
@@ -29,8 +28,6 @@ class Turn:
         if job_id is None:
             raise JobError("--requeue is for batch jobs of Slurm, and this is none (SLURM_JOB_ID is not set)")
         self._id, self._output = scheduler.check_id(job_id), output
-        # The turn before may have been killed on another node a moment ago.
-        outwait(output)
         self._before = Committed() if fresh else committed(output)
 
     def end(self, code: int, told: int | None) -> None:

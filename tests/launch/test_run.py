@@ -34,9 +34,12 @@ from small_jobs import (
 from moempi.files.init_weights import init_weights
 from moempi.files.inputs import Prompts, write_inputs
 from moempi.files.outputs import read_outputs
+from moempi.files.parts import parts_folder
 from moempi.files.placement import write_placement
+from moempi.files.trace import write_part
 from moempi.launch import session_members
 from moempi.planning.placement import Placement
+from moempi.recorder import Recorder
 
 SEED = int(os.environ.get("MOEMPI_TEST_SEED", random.SystemRandom().randrange(10**6)))
 PROMISE = 5.0  # seconds from the error to the end of all ranks
@@ -91,18 +94,25 @@ def test_a_whole_run_then_an_existing_output_then_nothing_left_to_do(job: Path, 
 
     again = run(moempi("run", job, "-n", "2"), timeout=60)
     assert again.code == 2 and "exists already" in again.err and "--overwrite" in again.err
+    # As if killed between the merge of the output and that of the trace.
+    output, trace = job.parent / "out.h5", job.parent / "out.trace.h5"
+    trace.unlink()
+    notes = Recorder("summary", 0, 1, 1, 2, 2)
+    notes.start()
+    write_part(trace, 0, 1, notes.take(), {**notes.describe(), "mode": "exact"})
     rest = run(moempi("run", job, "--resume"), timeout=60)
     assert rest.code == 0 and "nothing to do" in rest.out, rest.err
+    assert trace.exists() and not parts_folder(trace).exists()
 
     # The trace is worth as much as the output: it is not lost because the output was moved away.
-    output, trace = job.parent / "out.h5", job.parent / "out.trace.h5"
     before = trace.read_bytes()
     output.rename(job.parent / "kept.h5")
     again = run(moempi("run", job), timeout=60)
     assert again.code == 2 and f"{trace}: exists already; give --overwrite" in again.err, again.err
     assert trace.read_bytes() == before and not output.exists()
-    done = run(moempi("run", job, "--set", "trace.level=off"), timeout=60)
-    assert done.code == 0 and finished(output) == undisturbed and trace.read_bytes() == before, done.err
+    for how in ((), ("--overwrite",)):
+        done = run(moempi("run", job, *how, "--set", "trace.level=off"), timeout=60)
+        assert done.code == 0 and finished(output) == undisturbed and trace.read_bytes() == before, done.err
 
 
 @pytest.mark.parametrize(

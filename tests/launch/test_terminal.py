@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from ranks import run
 
+from moempi.files.committed import committed
 from moempi.files.inputs import Prompts, write_inputs
 from moempi.launch import session_members
 from moempi.progress import CLEAR
@@ -122,6 +123,28 @@ def test_one_process_alone_says_so_too(tmp_path: Path) -> None:
         screen.process.send_signal(signal.SIGINT)
         screen.wait_for("stopping: what is done gets committed, and --resume goes on from there", timeout=2)
         assert screen.process.wait(60) == 130, screen.text
+
+
+def test_one_process_alone_commits_when_its_terminal_closes(tmp_path: Path) -> None:
+    job = write_job(tmp_path, 1000)
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        moempi(job), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # whoever runs the tests may be under nohup
+    )  # fmt: skip
+    os.close(theirs)
+    try:
+        seen = b""
+        while b"/8 seqs" not in seen:
+            seen += os.read(ours, 65536)
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 75
+    finally:
+        process.kill()
+        process.wait()
+    found = committed(tmp_path / "out.h5")
+    assert found.partial and found.new_tokens and not (tmp_path / "out.h5.lock").exists()
 
 
 @pytest.fixture(scope="module")

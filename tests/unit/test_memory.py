@@ -190,6 +190,18 @@ def test_what_slots_within_allows_fits_the_limit(n_experts: int, n_ranks: int, r
     memory.check_limit(memory.plan_memory(config, 2, placement, **STEP), limit)
 
 
+@pytest.mark.parametrize(("level", "parts"), [("off", 0), ("summary", 0), ("full", 3), ("routes", 3)])
+def test_notes_of_the_trace_are_in_the_plan(level: str, parts: int) -> None:
+    bare = memory.plan_memory(SMALL, 2, place(SMALL, 2, PlacementOptions(), 1), **STEP)
+    notes = memory.trace_bytes(level)
+    assert notes == parts * 64 * 2**20
+    plans = memory.plan_memory(SMALL, 2, place(SMALL, 2, PlacementOptions(), 1), **STEP, trace_bytes=notes)
+    assert [plan.total - before.total for plan, before in zip(plans, bare, strict=True)] == [notes, notes]
+    if notes:
+        with pytest.raises(FitError, match=r"trace 192\.0 MiB"):
+            memory.slots_within(notes, SMALL, 2, **STEP, trace_bytes=notes)
+
+
 def test_no_limit_and_no_room() -> None:
     assert memory.slots_within(0, SMALL, 2, **STEP) is None
     with pytest.raises(FitError, match="without any expert a home rank needs"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -22,7 +23,7 @@ from moempi.cli.outputs import printable
 from moempi.errors import DataError, JobError
 from moempi.files import lock as locks
 from moempi.files import output_parts, schema
-from moempi.files.completions import Completion, OutputsFile, ragged_ranges, read_head
+from moempi.files.completions import FINISH_REASONS, Completion, Origin, OutputsFile, ragged_ranges, read_head
 from moempi.files.inputs import Prompts, write_inputs
 from moempi.files.lock import Lock, lock_file
 from moempi.files.output_writer import OutputWriter
@@ -69,6 +70,10 @@ def write_whole(path: Path, n: int, prefix: str = "p", **changes: object) -> Non
         for index in range(n):
             writer.put(completion(index, index % 5))
         writer.finish(prompts_of(n, prefix), {"mode": "exact", "decode": decode, "tokens_per_second": 1.5})
+
+
+def begun(writer: OutputWriter) -> list[int]:
+    return np.flatnonzero(writer.latest.part >= 0).tolist()
 
 
 def same(found: Completion, wanted: Completion) -> bool:
@@ -161,7 +166,7 @@ def test_finish_refuses_partial_and_missing_sequences_and_keeps_the_parts(tmp_pa
 def test_commits_happen_by_themselves_after_commit_every(tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     with start(path, 2, commit_every=0.05) as writer:
-        time.sleep(0.1)  # the thread is now asleep until the next heartbeat
+        time.sleep(0.1)  # the thread is now asleep
         writer.put(completion(1))
         end = time.monotonic() + 10
         while not list(parts_folder(path).glob("part-*.h5")) and time.monotonic() < end:
@@ -203,36 +208,48 @@ def test_overwrite_removes_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     write_whole(path, 4)
     with start(path, 3, overwrite=True, identity={"model": "another"}) as writer:
-        assert not path.exists() and not writer.restored and not writer.complete
+        assert not path.exists() and not begun(writer) and not writer.complete
         writer.put(completion(2))
     with start(path, 3, overwrite=True) as writer:
-        assert not writer.restored
+        assert not begun(writer)
 
 
 def test_resume_restores_the_highest_commit_of_each_sequence(tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     with start(path, 5, resume=True) as writer:  # nothing there: a fresh start
-        assert not writer.restored and not writer.complete
+        assert not begun(writer) and not writer.complete
         writer.put(completion(3, 2, "partial"))
         writer.put(completion(1, 4, "eos"))
         writer.commit()
         writer.put(completion(3, 1, "partial"))
         writer.put(completion(3, 6, "partial"))
     with start(path, 5, resume=True) as writer:
-        assert sorted(writer.restored) == [1, 3]
-        assert same(writer.restored[1], completion(1, 4, "eos"))
-        assert same(writer.restored[3], completion(3, 6, "partial"))
+        assert begun(writer) == [1, 3] and writer.latest.length.tolist() == [0, 4, 0, 6, 0]
+        assert [FINISH_REASONS[writer.latest.finish_reason[row]] for row in (1, 3)] == ["eos", "partial"]
+        assert list(writer.partial) == [3] and same(writer.partial[3], completion(3, 6, "partial"))
         writer.put(completion(3, 7))
     names = sorted(one.name for one in parts_folder(path).iterdir())
     assert names == ["part-00000001.h5", "part-00000002.h5", "part-00000003.h5"]
     with start(path, 5, resume=True) as writer:
-        assert same(writer.restored[3], completion(3, 7))
+        assert not writer.partial and writer.latest.length[3] == 7
         for index in (0, 2, 4):
             writer.put(completion(index, 0))
         writer.finish(prompts_of(5), {"mode": "exact"})
     assert read_head(path).lengths.tolist() == [0, 4, 0, 7, 0]
     with start(path, 5, resume=True) as writer:
-        assert writer.complete and not writer.restored
+        assert writer.complete and not begun(writer)
+
+
+def test_a_resume_keeps_only_unfinished_sequences_in_memory_and_nothing_of_their_parts(tmp_path: Path) -> None:
+    path = tmp_path / "out.h5"
+    with start(path, 9) as writer:
+        for index in range(8):
+            writer.put(completion(index, 1000))
+        writer.put(completion(8, 5, "partial"))
+    with start(path, 9, resume=True) as writer:
+        assert list(writer.partial) == [8] and same(writer.partial[8], completion(8, 5, "partial"))
+        assert writer.partial[8].tokens.base is None and writer.partial[8].logprobs.base is None
+        assert writer.latest.length.tolist() == [1000] * 8 + [5]
 
 
 def test_resume_with_another_identity_names_every_key_with_both_values(tmp_path: Path) -> None:
@@ -271,13 +288,16 @@ def test_temporaries_of_a_killed_run_are_ignored_and_removed(tmp_path: Path, cap
     path = tmp_path / "out.h5"
     with start(path, 2) as writer:
         writer.put(completion(0))
+    trace = tmp_path / "out.trace.h5"
+    parts_folder(trace).mkdir()
     left = [parts_folder(path) / ".part-00000002.h5.77.tmp", tmp_path / ".out.h5.77.tmp"]
+    left += [parts_folder(trace) / ".rank-00000-000001.h5.77.tmp", tmp_path / ".out.trace.h5.77.tmp"]
     for one in left:
         one.write_bytes(b"\x89HDF half")
     assert read_outputs(path).ids == ["0"]
-    with start(path, 2, resume=True) as writer:
-        assert list(writer.restored) == [0]
-    assert not any(one.exists() for one in left) and caplog.text.count("half written") == 2
+    with start(path, 2, resume=True, trace=trace) as writer:
+        assert begun(writer) == [0]
+    assert not any(one.exists() for one in left) and caplog.text.count("half written") == 4
 
 
 def test_a_damaged_part_is_named_with_the_way_out(tmp_path: Path) -> None:
@@ -318,11 +338,11 @@ def test_damaged_columns_of_the_final_file_are_refused(tmp_path: Path) -> None:
 _CHILD = """
 import sys, numpy as np
 from pathlib import Path
-from tests.unit.test_outputs import completion, start
+from tests.unit.test_outputs import begun, completion, start
 path, n = Path(sys.argv[1]), int(sys.argv[2])
 writer = start(path, n, resume=True)
-begun = max(writer.restored, default=-1) + 1
-for index in range(begun, n):
+first = max(begun(writer), default=-1) + 1
+for index in range(first, n):
     writer.put(completion(index, 50))
     if index % 3 == 2:
         writer.commit()
@@ -350,7 +370,7 @@ def test_after_kill_9_every_committed_sequence_is_readable(tmp_path: Path) -> No
             assert np.array_equal(found.logprobs[50 * row : 50 * row + 50], completion(row, 50).logprobs)
     # The lock of the killed process on this host does not stand in the way.
     with start(path, n, resume=True) as writer:
-        assert len(writer.restored) == len(found)
+        assert len(begun(writer)) == len(found)
 
 
 # ---------------------------------------------------------------- the lock
@@ -361,65 +381,70 @@ def held_by(path: Path, **changes: object) -> None:
     lock_file(path).write_text(json.dumps({**held, **changes}))
 
 
-def test_a_living_lock_is_refused_with_host_pid_and_age(tmp_path: Path) -> None:
+@pytest.fixture
+def soon_stale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(locks, "STALE", 0.3)
+    monkeypatch.setattr(locks, "LOOK", 0.02)
+
+
+@pytest.mark.usefixtures("soon_stale")
+@pytest.mark.parametrize("ahead", [-3600, 0, 3600])
+def test_a_living_lock_is_refused_with_host_and_pid_whatever_its_clock_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: float
+) -> None:
     path = tmp_path / "out.h5"
-    held_by(path, heartbeat=time.time() - 12)
-    with pytest.raises(JobError, match=r"host elsewhere, pid 7, last sign of life 1[23] s ago"):
+    held_by(path, heartbeat=time.time() + ahead)
+    pauses = []
+
+    def beat(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            held_by(path, heartbeat=time.time() + ahead + 5)
+
+    monkeypatch.setattr(locks.time, "sleep", beat)
+    with pytest.raises(JobError, match=r"another run is writing it \(host elsewhere, pid 7\)"):
         start(path, 1, overwrite=True)
-    assert lock_file(path).exists()
+    assert lock_file(path).exists() and len(pauses) == 3
 
 
-def test_the_same_process_cannot_open_an_output_twice(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("soon_stale")
+def test_the_same_process_cannot_open_an_output_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "out.h5"
+    monkeypatch.setattr(locks, "STALE", 30.0)  # a busy machine may be slow to beat
     with start(path, 1), pytest.raises(JobError, match=f"pid {os.getpid()}"):
         start(path, 1, resume=True)
     start(path, 1, resume=True).close()
 
 
-@pytest.mark.parametrize("kind", ["old", "dead", "empty and old", "no JSON and old"])
-def test_a_stale_lock_is_taken_over(tmp_path: Path, kind: str) -> None:
+def test_the_lock_of_a_process_that_died_here_is_taken_over_at_once(tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     child = subprocess.Popen(["true"])
     child.wait()
-    if kind == "old":
-        held_by(path, heartbeat=time.time() - locks.STALE - 1)
-    elif kind == "dead":
-        held_by(path, host=socket.gethostname(), pid=child.pid)
-    else:
-        lock_file(path).write_text("" if kind.startswith("empty") else "[nonsense")
-        os.utime(lock_file(path), (0, time.time() - locks.STALE - 1))
+    held_by(path, host=socket.gethostname(), pid=child.pid)
+    begin = time.monotonic()
     with start(path, 1):
         assert json.loads(lock_file(path).read_text())["pid"] == os.getpid()
-    assert not lock_file(path).exists()
+    assert time.monotonic() - begin < locks.STALE / 2
     assert not list(tmp_path.glob("*.lock*"))
 
 
-def test_a_lock_left_behind_on_another_host_is_outwaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("soon_stale")
+@pytest.mark.parametrize("kind", ["past", "future", "empty", "no JSON"])
+def test_a_lock_that_does_not_change_is_watched_then_taken_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
     path = tmp_path / "out.h5"
-    locks.outwait(path)  # there is none
-    held_by(path, host="elsewhere", heartbeat=time.time() - locks.STALE + 0.3)
-    with pytest.raises(JobError, match="another run is writing it"):
-        start(path, 1)
-    locks.outwait(path)
-    start(path, 1).close()
-
-    # One whose heart beats is not waited for.
-    held_by(path, host="elsewhere", heartbeat=time.time())
-    pauses = []
-
-    def beat(seconds: float) -> None:
-        pauses.append(seconds)
-        held_by(path, host="elsewhere", heartbeat=time.time() + len(pauses))
-
-    monkeypatch.setattr(locks.time, "sleep", beat)
-    locks.outwait(path)
-    assert pauses == [1.0]
-
-
-def test_a_lock_that_is_being_written_counts_as_living(tmp_path: Path) -> None:
-    lock_file(tmp_path / "out.h5").touch()
-    with pytest.raises(JobError, match="another run is writing it"):
-        start(tmp_path / "out.h5", 1)
+    if kind in ("past", "future"):
+        held_by(path, heartbeat=time.time() + (3600 if kind == "future" else -3600))
+    else:
+        lock_file(path).write_text("" if kind == "empty" else "[nonsense")
+    begin = time.monotonic()
+    with start(path, 1):
+        assert time.monotonic() - begin >= locks.STALE
+        assert json.loads(lock_file(path).read_text())["pid"] == os.getpid()
+    assert "waiting for a sign of life" in caplog.text
+    assert not list(tmp_path.glob("*.lock*"))
 
 
 def test_a_writer_whose_lock_changed_hands_stops_and_keeps_what_it_committed(tmp_path: Path) -> None:
@@ -427,6 +452,7 @@ def test_a_writer_whose_lock_changed_hands_stops_and_keeps_what_it_committed(tmp
     writer = start(path, 3)
     writer.put(completion(0))
     writer.commit()
+    lock_file(path).unlink()
     held_by(path)
     writer.put(completion(1))
     with pytest.raises(DataError, match="host elsewhere, pid 7"):
@@ -438,27 +464,133 @@ def test_a_writer_whose_lock_changed_hands_stops_and_keeps_what_it_committed(tmp
     assert read_outputs(path).ids == ["0"]
 
 
-def test_the_heartbeat_is_refreshed_by_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moempi.files.output_writer.HEARTBEAT", 0.02)
-    path = tmp_path / "out.h5"
-    with start(path, 1):
-        first = json.loads(lock_file(path).read_text())["heartbeat"]
-        end = time.monotonic() + 10
-        while json.loads(lock_file(path).read_text())["heartbeat"] == first and time.monotonic() < end:
-            time.sleep(0.01)
-        assert json.loads(lock_file(path).read_text())["heartbeat"] > first
+def beats(path: Path) -> bool:
+    """Whether the heartbeat of a lock is refreshed within 10 s."""
+    first, end = lock_file(path).read_bytes(), time.monotonic() + 10
+    while lock_file(path).read_bytes() == first and time.monotonic() < end:
+        time.sleep(0.01)
+    return lock_file(path).read_bytes() != first
 
 
-def test_of_two_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("soon_stale")
+@pytest.mark.parametrize("busy", ["read_parts", "write_part"])
+def test_the_heart_beats_while_a_start_reads_and_while_a_commit_waits_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, busy: str
+) -> None:
+    path, seen = tmp_path / "out.h5", []
+    slow = getattr(output_parts, busy)
+
+    def watched(*arguments: object) -> object:
+        seen.append(beats(path))
+        return slow(*arguments)
+
+    monkeypatch.setattr(f"moempi.files.output_writer.{busy}", watched)
+    with start(path, 1) as writer:
+        writer.put(completion(0))
+        writer.commit()
+    assert seen == [True]
+
+
+def test_after_a_take_over_the_first_owner_touches_nothing_of_the_second(tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
-    held_by(path, heartbeat=0)
-    mine = Lock.acquire(path, "job")
-    with pytest.raises(JobError):
-        Lock.acquire(path, "job")
-    mine.check()
-    mine.release()
+    first = Lock.acquire(path, "job")
+    lock_file(path).unlink()  # as whoever found it stale does
+    second = Lock.acquire(path, "job")
+    first._refresh()
+    second.check()
+    with pytest.raises(DataError, match="taken away"):
+        first.check()
+    first.release()
+    second.check()
+    second.release()
     with pytest.raises(DataError, match="held by nobody"):
-        mine.refresh()
+        second.check()
+
+
+@pytest.mark.usefixtures("soon_stale")
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_that_find_a_stale_lock_one_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    path, read, quicker = tmp_path / "out.h5", locks._read, []
+    if not links:
+        no_links(monkeypatch)
+    held_by(path)
+    stale = lock_file(path).read_bytes()
+
+    def slow(file: Path) -> bytes | None:
+        if not quicker and time.monotonic() > end:
+            # The last look before the lock is taken away; the other one is through with that already.
+            lock_file(path).unlink()
+            quicker.append(Lock.acquire(path, "job"))
+            monkeypatch.setattr(locks, "STALE", 30.0)  # a busy machine may be slow to beat
+            return stale
+        return read(file)
+
+    pause = locks.STALE
+    end = time.monotonic() + pause / 2
+    monkeypatch.setattr(locks, "_read", slow)
+    # Nothing may be seen to change before that time is over, so that the first look behind it is the last.
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds, sleep=time.sleep: sleep(pause + seconds))
+    with pytest.raises(JobError, match=f"pid {os.getpid()}"):
+        Lock.acquire(path, "job")
+    quicker[0].check()
+    quicker[0].release()
+    assert not list(tmp_path.iterdir())
+
+
+def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+
+
+@pytest.mark.usefixtures("soon_stale")
+def test_a_lock_that_cannot_be_read_for_a_moment_is_still_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, failures, read = Lock.acquire(tmp_path / "out.h5", "job"), [3], Path.read_bytes
+
+    def flaky(path: Path) -> bytes:
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", flaky)
+    lock.check()
+    failures[0] = 10**6
+    with pytest.raises(DataError, match=r"out\.h5\.lock: cannot be read: Stale file handle"):
+        lock.check()
+    failures[0] = 0
+    lock.release()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_commit_that_another_run_made_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    if not links:
+        no_links(monkeypatch)
+    path = tmp_path / "out.h5"
+    with pytest.raises(DataError, match=r"part-00000001.h5: is there already; another run"), start(path, 2) as writer:
+        other = parts_folder(path) / "part-00000001.h5"
+        # The lock was taken over, and the other run's first commit is there, between this one's check and its move.
+        monkeypatch.setattr(writer._lock, "check", lambda: other.write_text("the other run's"))
+        writer.put(completion(0))
+    assert other.read_text() == "the other run's" and list(parts_folder(path).iterdir()) == [other]
+
+
+def test_the_lock_is_checked_when_all_bytes_of_a_commit_are_on_the_disk(tmp_path: Path) -> None:
+    parts_folder(tmp_path / "out.h5").mkdir()
+    origin, seen = Origin("{}", IDENTITY, {}, 1), []
+
+    def check() -> None:
+        (temporary,) = parts_folder(tmp_path / "out.h5").iterdir()
+        with h5py.File(temporary) as file:
+            seen.extend(file["index"][...])
+
+    output_parts.write_part(tmp_path / "out.h5", 1, [completion(0)], origin, check)
+    assert seen == [0]
 
 
 # ---------------------------------------------------------------- a disk that takes nothing

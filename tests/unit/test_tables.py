@@ -113,9 +113,11 @@ def test_a_dry_run_prints_a_job_file_that_gives_the_same_job(inputs: str, tmp_pa
 
 def test_the_memory_table_has_a_line_for_ranks_that_hold_the_same(inputs: str) -> None:
     lines = dry_run("-n", "6", "--set", inputs, "--set", "placement.replicas=0").split("# Memory per rank")[1]
-    rows = [line.lstrip("# ").split() for line in lines.splitlines()[2:]]
+    *table, trace = lines.splitlines()
+    rows = [line.lstrip("# ").split() for line in table[2:]]
     # 16 experts of 5 layers on 6 ranks, in blocks: 3, 3, 2, 3, 3, 2.
     assert [(row[0], row[1]) for row in rows] == [("0-1", "15"), ("2", "10"), ("3-4", "15"), ("5", "10")]
+    assert trace == "# The totals hold 192.0 MiB for the trace on its way to the disk."
     assert max(map(len, lines.splitlines())) <= 80
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +21,9 @@ from moempi import analysis
 from moempi import recorder as recorders
 from moempi.cli.trace import trace as command
 from moempi.errors import DataError
-from moempi.files import schema, trace_columns, trace_counters
+from moempi.files import schema, trace_columns, trace_counters, trace_writer
 from moempi.files.parts import parts_folder
-from moempi.files.trace import Clocks, merge_trace, set_aside, write_part
+from moempi.files.trace import Clocks, complete, make_way, merge_trace, set_aside, write_part
 from moempi.files.trace_writer import TraceWriter
 from moempi.recorder import LEVELS, Recorder
 from moempi.stages import ATTEND, DECODE, EXPERT, KINDS, NO_STEP, PREFILL, STAGES, STEP
@@ -299,6 +301,41 @@ def test_the_writer_writes_from_its_thread_and_tells_of_errors(tmp_path: Path) -
         writer.close()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_writer_holds_few_parts_however_slow_the_disk_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    disk, written, put = threading.Event(), [], []
+
+    def slow(path: Path, rank: int, number: int, *_: object) -> None:
+        disk.wait(60)
+        if fails:
+            raise DataError("disk full")
+        written.append(number)
+
+    monkeypatch.setattr(trace_writer, "write_part", slow)
+    writer = TraceWriter(tmp_path / "t.h5", 0, {})
+
+    def notes() -> None:
+        with contextlib.suppress(DataError):
+            for number in range(6):
+                writer.put({"load": np.zeros(1)})
+                put.append(number)
+
+    rank = threading.Thread(target=notes, daemon=True)
+    rank.start()
+    rank.join(0.3)
+    assert len(put) <= recorders.PARTS_HELD - 1
+    disk.set()
+    rank.join(60)
+    assert not rank.is_alive()
+    if fails:
+        with pytest.raises(DataError, match="could not be written: disk full"):
+            writer.close()
+    else:
+        assert writer.close() == 6 and written == [1, 2, 3, 4, 5, 6]
+
+
 # ---------------------------------------------------------------- runs that did not end
 
 _CHILD = """
@@ -349,6 +386,43 @@ def test_traces_of_earlier_attempts_are_set_aside(tmp_path: Path) -> None:
     assert set_aside(path) == tmp_path / "a.trace.2.h5"
     assert not path.exists() and analysis.load(tmp_path / "a.trace.2.h5").level == "summary"
     assert set_aside(path) is None
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_with_level_off_an_earlier_trace_stays_as_it_is(tmp_path: Path, how: str) -> None:
+    path, kept = tmp_path / "a.trace.h5", tmp_path / "a.trace.1.h5"
+    for one in (path, kept):
+        one.write_text("an hour's work")
+    write_ranks(path, "full", parts=1)
+    before = sorted(tmp_path.rglob("*"))
+    flags = {"resume": False, "overwrite": False, how: True}
+    make_way(path, "off", **flags)
+    assert sorted(tmp_path.rglob("*")) == before
+    make_way(path, "full", **flags)
+    left = [path.with_name("a.trace.1.h5"), path.with_name("a.trace.2.h5")] if how == "resume" else []
+    assert sorted(tmp_path.rglob("*")) == left
+
+
+def test_parts_that_a_killed_run_left_beside_a_complete_output_are_merged(tmp_path: Path) -> None:
+    path = tmp_path / "a.trace.h5"
+    complete(path)
+    assert not list(tmp_path.iterdir())
+    write_ranks(path, "full")
+    load = analysis.load(path).load
+    complete(path)
+    assert list(tmp_path.iterdir()) == [path] and np.array_equal(analysis.load(path).load, load)
+    # Killed after the merge and before the parts were removed.
+    before = path.read_bytes()
+    write_ranks(path, "summary")
+    complete(path)
+    assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", ["resume", "overwrite"])
+def test_a_half_written_copy_of_an_earlier_trace_is_removed(tmp_path: Path, how: str) -> None:
+    (tmp_path / ".a.trace.1.h5.77.tmp").write_text("half")
+    make_way(tmp_path / "a.trace.h5", "full", **{"resume": False, "overwrite": False, how: True})
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- questions, by hand
