@@ -50,7 +50,7 @@ def examine(environ: Mapping[str, str]) -> list[Finding]:
         same_kind(library, launcher),
         hdf5(),
         gpu(_lines_of("nvidia-smi", "-L"), _missing_for_gpus()),
-        slurm(_lines_of("sbatch", "--version"), _lines_of("srun", "--mpi=list"), environ),
+        slurm(shutil.which("sbatch"), _lines_of("sbatch", "--version"), _lines_of("srun", "--mpi=list"), environ),
     ]
 
 
@@ -291,8 +291,16 @@ def try_gpu_messages(n_ranks: int) -> list[Finding]:
     return [gpu_messages(*start(n_ranks))]
 
 
-def slurm(sbatch: list[str], mpi_list: list[str], environ: Mapping[str, str]) -> Finding:
-    """Slurm, and which ways of starting MPI its srun knows."""
+def slurm(program: str | None, sbatch: list[str], mpi_list: list[str], environ: Mapping[str, str]) -> Finding:
+    """Slurm, and which ways of starting MPI its srun knows.
+
+    Args:
+        program: path of sbatch; None where there is none.
+        sbatch, mpi_list: what `sbatch --version` and `srun --mpi=list` print; nothing where they fail.
+    """
+    if program and not sbatch:
+        way = "run `sbatch --version` to see why; `moempi run -n` and mpirun need no Slurm"
+        return Finding("Slurm", NOTE, f"{program} is there but fails", way)
     if not sbatch:
         return Finding("Slurm", FINE, "not here; `moempi run -n` and mpirun need none")
     kinds = [line.strip() for line in mpi_list if re.fullmatch(r"\s*[\w./-]+\s*", line)]

@@ -23,7 +23,10 @@ def cancel(job: str, overrides: tuple[str, ...], now: bool) -> None:
     from moempi.slurm import scheduler
     from moempi.slurm.find import find
 
-    living = {one: scheduler.living(one) for one in find(job, list(overrides)).ids}
+    meant = find(job, list(overrides))
+    if not meant.ids:
+        raise JobError(f"{job}: was not submitted from here: beside {meant.outputs[-1]} there is no record of it")
+    living = {one: scheduler.living(one) for one in meant.ids}
     if not any(living.values()):
         raise JobError(f"{job}: Slurm knows of no such job that waits or runs; `moempi status` shows those there are")
     for job_id, found in living.items():

@@ -123,9 +123,29 @@ def _launch(
     os.environ[BEGAN] = repr(time.time())
     turn = Turn(job.output.file, fresh=fresh) if requeue else None
     code = launch(this_program(*arguments), ranks, job.run.grace, mpirun, mpi.signals)
+    if word := word_of_kill(code, mpi.signals.signal):
+        click.echo(word, err=True)
     if turn is not None:
         turn.end(code, mpi.signals.signal)
     return code
+
+
+def word_of_kill(code: int, told: int | None) -> str:
+    """What to say of ranks that were killed, since they could say nothing themselves; "" where that is not so.
+
+    Args:
+        code: that the launch ended with.
+        told: the last signal that it was sent; None where there was none.
+    """
+    if code <= 128 or told is not None:
+        return ""
+    number = code - 128
+    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+    memory = ": the machine may be out of memory" if number == signal.SIGKILL else ""
+    return (
+        f"moempi: error: a rank, or mpirun, was ended by signal {number} ({name}){memory}; what was committed is kept, "
+        "and --resume goes on from there"
+    )
 
 
 def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: bool) -> int:

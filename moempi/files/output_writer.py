@@ -82,7 +82,7 @@ class OutputWriter:
             n_sequences: rows of the input.
             commit_every: longest time in s that a completion stays uncommitted.
             resume: go on where an earlier run ended; from the start where there is nothing.
-            overwrite: remove an earlier run's output first.
+            overwrite: begin anew; an earlier run's final file is kept as `kept_output` until there is a new one.
             trace: what the run will write besides; one that is there is refused as an output is.
 
         Raises:
@@ -97,7 +97,7 @@ class OutputWriter:
         lock = Lock.acquire(path, hashlib.sha256(job_json.encode()).hexdigest())
         try:
             if overwrite:
-                _remove(path)
+                _set_aside(path)
             elif not resume:
                 _refuse_existing(path)
                 if trace is not None:
@@ -155,6 +155,7 @@ class OutputWriter:
         self.commit(wait=True)
         assemble(self.path, self._origin, prompts, meta, self._lock.check)
         remove_parts(self.path)
+        kept_output(self.path).unlink(missing_ok=True)
         self.complete = True
 
     def close(self) -> None:
@@ -215,9 +216,15 @@ class OutputWriter:
 # ---------------------------------------------------------------- what is there already
 
 
-def _remove(path: Path) -> None:
+def kept_output(path: Path) -> Path:
+    """Where an output that is to be replaced lies until the new one is complete."""
+    return path.with_name(path.name + ".old")
+
+
+def _set_aside(path: Path) -> None:
     try:
-        path.unlink(missing_ok=True)
+        if path.exists():
+            path.replace(kept_output(path))
     except OSError as error:
         raise DataError(f"{path}: cannot be overwritten: {error.strerror}") from error
     remove_parts(path)

@@ -13,7 +13,7 @@ from moempi.files.export_weights import export_checkpoint
 from moempi.files.import_weights import import_checkpoint
 from moempi.files.inputs import check_prompts, read_inputs
 from moempi.files.links import read_links
-from moempi.files.output_parts import read_parts, restore
+from moempi.files.output_parts import latest_of, read_parts, restore_partial
 from moempi.files.outputs import merge_outputs, read_outputs
 from moempi.files.placement import fits, read_placement
 from moempi.files.weights import info, open_weights
@@ -63,7 +63,8 @@ def outputs(path: Path) -> None:
 def outputs_part(path: Path) -> None:
     """As a resume does, then as `moempi outputs show` does with an unfinished run."""
     target = path.parent.with_name("o.h5")
-    restore(read_parts(target))
+    parts = read_parts(target)
+    restore_partial(parts, latest_of(parts, parts[0].origin.n_sequences if parts else 0))
     outputs(target)
 
 

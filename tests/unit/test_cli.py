@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from test_docs import parse
 from moempi.cli import moempi
 from moempi.cli.complete import complete_option
 from moempi.cli.results import plural
+from moempi.cli.run import word_of_kill
 from moempi.job import choices_of, known_options
 
 
@@ -135,3 +137,18 @@ def test_a_shell_gets_verbs_and_options_of_a_job() -> None:
 
     assert answers("moempi tr") == ["trace"]
     assert answers("moempi run job.toml --set exchange.lo") == ["exchange.lockstep="]
+
+
+@pytest.mark.parametrize(
+    ("code", "told", "word"),
+    [
+        (137, None, "signal 9 (SIGKILL): the machine may be out of memory; what"),
+        (139, None, "signal 11 (SIGSEGV); what was committed is kept"),
+        (137, signal.SIGINT, ""),  # whoever sent it knows
+        (130, signal.SIGINT, ""),
+        (1, None, ""),  # a rank has said why
+        (0, None, ""),
+    ],
+)
+def test_ranks_that_were_killed_get_a_word(code: int, told: int | None, word: str) -> None:
+    assert word in word_of_kill(code, told) and bool(word) == bool(word_of_kill(code, told))

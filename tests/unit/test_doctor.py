@@ -88,11 +88,12 @@ def test_messages_between_gpus_are_told_by_pair() -> None:
 
 
 def test_slurm() -> None:
-    assert doctor.slurm([], [], {}).state == FINE
+    assert doctor.slurm(None, [], [], {}).state == FINE
+    assert doctor.slurm("/usr/bin/sbatch", [], [], {}).state == NOTE
     listed = ["MPI plugin types are...", "\tnone", "\tpmi2", "\tpmix", "specific pmix plugin versions: pmix_v4"]
-    found = doctor.slurm(["slurm 22.05.8"], listed, {"SLURM_JOB_ID": "17"})
+    found = doctor.slurm("/usr/bin/sbatch", ["slurm 22.05.8"], listed, {"SLURM_JOB_ID": "17"})
     assert found.state == FINE and "inside job 17; srun --mpi= knows none, pmi2, pmix" in found.found
-    assert doctor.slurm(["slurm 22.05.8"], listed[:3], {}).state == NOTE
+    assert doctor.slurm("/usr/bin/sbatch", ["slurm 22.05.8"], listed[:3], {}).state == NOTE
 
 
 def test_a_report_fits_a_terminal_and_says_what_to_do() -> None:

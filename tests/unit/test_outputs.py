@@ -204,6 +204,18 @@ def test_an_existing_trace_is_refused_as_an_output_is(tmp_path: Path, left: str)
         start(path, 2, **{"trace": trace, **how}).close()
 
 
+def test_overwrite_keeps_a_finished_output_until_there_is_a_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "out.h5"
+    write_whole(path, 4)
+    kept, whole = path.with_name("out.h5.old"), path.read_bytes()
+    for _ in range(2):  # ended before it is complete, twice
+        with start(path, 4, overwrite=True) as writer:
+            writer.put(completion(2))
+        assert kept.read_bytes() == whole and not path.exists()
+    write_whole(path, 4, overwrite=True)
+    assert path.exists() and not kept.exists()
+
+
 def test_overwrite_removes_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "out.h5"
     write_whole(path, 4)
