@@ -119,11 +119,7 @@ def lay_out(
         gpu_bytes=gpu_bytes,
     )
     kv_tokens, placement, route, plans = most_that_fits(least, wanted, fitting)
-    # Answers of cut experts are float32, whatever the model's dtype.
-    row_bytes, piece_bytes = 4 * config.d_model, job.exchange.piece_bytes
-    if device == "cuda":
-        piece_bytes = min(piece_bytes, CALL_ROWS * row_bytes)
-    pieces, rows = message_pieces(step_tokens * config.top_k, row_bytes, piece_bytes)
+    pieces, rows = _pieces(job, config, step_tokens, device)
     return Layout(
         n_ranks=n_ranks,
         device=device,
@@ -240,6 +236,13 @@ def check_tags(layout: Layout, n_layers: int, bound: int) -> None:
             f"tags up to {largest}; this MPI library takes {bound}: lower run.microbatches or raise "
             "exchange.piece_bytes"
         )
+
+
+def _pieces(job: Job, config: ModelConfig, step_tokens: int, device: str) -> tuple[int, int]:
+    """(pieces of the largest message, most rows of one); on a GPU a piece is one call of the experts at most."""
+    row_bytes = 4 * config.d_model  # answers of cut experts are float32, whatever the model's dtype
+    most = job.exchange.piece_bytes if device == "cpu" else min(job.exchange.piece_bytes, CALL_ROWS * row_bytes)
+    return message_pieces(step_tokens * config.top_k, row_bytes, most)
 
 
 def _microbatches(job: Job, config: ModelConfig, n_ranks: int, held: int) -> int:

@@ -188,7 +188,7 @@ def _gpu_bytes(job: Job, n_ranks: int, nodes: Nodes | None) -> int:
 
 
 def device_kind(job: Job) -> str:
-    """ "cpu" or "cuda": what the ranks of a job compute on, as this process sees it."""
+    """What the ranks of a job compute on, as this process sees it: "cpu" or "cuda"."""
     if job.run.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return job.run.device

@@ -73,7 +73,7 @@ def run(
     moempi run jobs/demo.toml --dry-run -n 64 --set model.dtype=bfloat16
     """
     if how["resume"] and how["overwrite"]:
-        raise JobError("--resume and --overwrite exclude each other: one keeps the earlier output, one removes it")
+        raise JobError("--resume and --overwrite exclude each other: one goes on with the output, one replaces it")
     checked = load_job(job, list(overrides))
     if dry_run:
         return _dry_run(checked, ranks or mpi.launched_size(), as_json)
@@ -174,14 +174,14 @@ def _run_here(job: Job, shown: Shown, *, resume: bool, overwrite: bool, verify: 
         logs.END.error("%s", mpi.describe(error))
         raise
     if world.rank == 0 and shown.as_json:
-        click.echo(json.dumps(outcome.as_dict()))
+        _tell(json.dumps(outcome.as_dict()))
     elif world.rank == 0 and not shown.quiet:
         _tell(describe(outcome, time.time() - began))
     return outcome.exit_code
 
 
 def _tell(text: str) -> None:
-    """Say the last lines; that the terminal is gone makes no failure of a run which that has stopped."""
+    """Say the last lines. Where the terminal has gone, and the run stopped for that, nobody is there to read them."""
     try:
         click.echo(text)
     except OSError:

@@ -56,7 +56,7 @@ def submit(job: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     from moempi.slurm.site import load_site
 
     if options["resume"] and options["overwrite"]:
-        raise JobError("--resume and --overwrite exclude each other: one keeps the earlier output, one removes it")
+        raise JobError("--resume and --overwrite exclude each other: one goes on with the output, one replaces it")
     checked, site = load_job(job, list(options["overrides"])), load_site(options["site_name"])
     request, needs = _request(checked, site, options)
     batch = _batch(job, checked, site, options)

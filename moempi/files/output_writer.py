@@ -91,7 +91,7 @@ class OutputWriter:
             DataError: what is there is damaged, or nothing can be written there.
         """
         if resume and overwrite:
-            raise JobError("--resume and --overwrite exclude each other: one keeps the earlier output, one removes it")
+            raise JobError("--resume and --overwrite exclude each other: one goes on with the output, one replaces it")
         origin = Origin(job_json, dict(identity), dict(sources), n_sequences)
         make_folder(path.parent)
         lock = Lock.acquire(path, hashlib.sha256(job_json.encode()).hexdigest())
