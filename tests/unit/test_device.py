@@ -156,6 +156,13 @@ def test_numba_is_not_loaded_where_kernels_are_kept() -> None:
     assert "llvmlite" in shown.stdout.split() and "numba" not in shown.stdout.split()
 
 
+def test_compiling_leaves_standard_output_to_the_program() -> None:
+    # colorama, where it is installed, would reset the terminal behind the last line of `--json`.
+    code = "from moempi.device.kernels.compiled import compile_kernels; compile_kernels(False)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert said.stdout == ""
+
+
 def test_kernels_are_compiled_where_none_can_be_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

@@ -120,6 +120,8 @@ def _features() -> str:
 
 def compile_kernels(half: bool) -> bytes:
     """Compile all kernels for one dtype into an object file."""
+    # Without this numba has colorama reset the terminal at the program's end, behind what `--json` has printed.
+    os.environ.setdefault("NUMBA_DISABLE_ERROR_MESSAGE_HIGHLIGHTING", "1")
     # numba takes a fifth of a second to import, which later runs do without.
     from numba import cfunc, types
 
