@@ -2,7 +2,8 @@
 
     python cluster_jobs.py JOB...     job files that `moempi run` would take; earlier outputs are overwritten
 
-Rank 0 prints a JSON object last: under "jobs", what every job came to, with the bytes that every node's link carried.
+Rank 0 prints a JSON object last: under "jobs", what every job came to, with the bytes that every node's link carried;
+"rank_seconds" of processor time all ranks have used.
 Starting many ranks on few cores takes longer than a job, and opening connections is no part of one: both happen once.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,8 +30,10 @@ def main() -> int:
     world = mpi.start()
     world.alltoall([b""] * world.size)
     found = [measure(world, Path(name)) for name in sys.argv[1:]]
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = world.allreduce(used.ru_utime + used.ru_stime)
     if world.rank == 0:
-        print(json.dumps({"jobs": found}))
+        print(json.dumps({"jobs": found, "rank_seconds": seconds}))
     return 0
 
 

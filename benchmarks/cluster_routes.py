@@ -132,13 +132,15 @@ def measure_all(bench: Bench, cases: Sequence[Case]) -> list[dict[str, Any]]:
     jobs = [write_job(bench, case, which) for case in cases for which in (f"{case.load}-start", case.load)]
     program = [sys.executable, "-m", "mpi4py", str(HERE / "cluster_jobs.py"), *map(str, jobs)]
     found = run(bench.cluster.line(program, bench.per_node))
+    # Ranks on emulated nodes are no children of this process, and no other programs either.
+    others = max(0.0, found["other_cores"] - found["rank_seconds"] / found["wall_seconds"])
     told = []
     for start, job, path in zip(found["jobs"][::2], found["jobs"][1::2], jobs[1::2], strict=True):
         keep = ("seconds", "new_tokens", "link_bytes", "link_received")
         told.append(
             {
                 **{key: job[key] for key in keep},
-                "other_cores": found["other_cores"],
+                "other_cores": others,
                 "start_bytes": start["link_bytes"],
                 "chosen": job["route"],
                 "reason": job["route_reason"],

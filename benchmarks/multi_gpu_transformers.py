@@ -1,6 +1,6 @@
 """A random model in `transformers` on the GPU that this process sees: prefill, and greedy decoding. Writes JSON.
 
-    python multi_gpu_transformers.py CONFIG PROMPTS PROMPT_TOKENS NEW_TOKENS OUT
+python multi_gpu_transformers.py CONFIG PROMPTS PROMPT_TOKENS NEW_TOKENS OUT
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The figures of docs/reliability.md, from what kill_anywhere.py, soak.py and `make fuzz` have kept.
 
-    python benchmarks/reliability_report.py        # measures nothing
+python benchmarks/reliability_report.py        # measures nothing
 """
 
 from __future__ import annotations

@@ -295,9 +295,7 @@ def version_of(package: str) -> str:
 
 def name_of(system: System) -> str:
     """For messages."""
-    who = (
-        f"moempi, {layout_name(system.ranks, system.homes)}" if system.ranks else f"transformers, {system.experts}"
-    )
+    who = f"moempi, {layout_name(system.ranks, system.homes)}" if system.ranks else f"transformers, {system.experts}"
     return f"{who}, {system.dtype}"
 
 

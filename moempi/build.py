@@ -97,9 +97,7 @@ def build_rank(
     return Rank(engine, home, control, forward, relay, device)
 
 
-def build_relay(
-    topology: Topology, shape: Shape, tables: dict[int, LayerTable], engine: Engine
-) -> Relay | None:
+def build_relay(topology: Topology, shape: Shape, tables: dict[int, LayerTable], engine: Engine) -> Relay | None:
     """What a rank needs for a relayed route, None where the route is direct. Collective."""
     layout, config = shape.layout, shape.config
     if layout.route.name not in RELAYED or not tables:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from moempi.build import Rank, load_slots
 from moempi.device.cuda import Cuda
+from moempi.device.cuda_attention import plan_step
 from moempi.device.cuda_experts import Layer, Pieces, Scratch, Stack
 from moempi.device.cuda_memory import MessageMemory, block_bytes
 from moempi.exchange.arrivals_cuda import CudaExperts
@@ -55,7 +58,8 @@ def build_rank(
         weights.expect(shape.model)
         layers = load_layers(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
         network = Network(config, device, weights.tensor, shape.dtype)
-    cache = KVCache(config.n_layers, config.n_kv_heads, config.head_dim, kv_tokens, shape.dtype, device.device)
+    heads = config.n_kv_heads, config.head_dim
+    cache = KVCache(config.n_layers, *heads, kv_tokens, shape.dtype, device.device, spare_pages=1)
     chosen = engine_type if issubclass(engine_type, CudaEngine) else CudaEngine
     engine = chosen(
         Channels(dispatch=world.Dup(), answers=world.Dup(), barrier=world.Dup()),
@@ -80,7 +84,7 @@ def build_rank(
         group=config.n_heads // config.n_kv_heads,
         eos_tokens=shape.eos_tokens,
         tell=lambda message: control.send(0, message),
-        plan=device.plan_attention,
+        plan=partial(plan_step, spare=cache.n_pages),
     )
     forward = CudaForward(
         network=network,
@@ -90,6 +94,7 @@ def build_rank(
         most_rows=layout.piece_rows,
         lockstep=job.exchange.lockstep,
         tables=on_gpu(tables, device.device),
+        capacity=job.run.capacity,
     )
     return Rank(engine, home, control, forward, None, device, str(way))
 

@@ -119,9 +119,7 @@ class Forward:
         covers = self.engine.tables[layer.number].choose_covers(experts, owners, positions)
         self.note_routes(layer, route, step)
         recorder.dispatching = step.key
-        rows = dispatch(
-            self.engine, self.relay, layer.number, step.microbatch, hidden, route, covers, self.most_rows
-        )
+        rows = dispatch(self.engine, self.relay, layer.number, step.microbatch, hidden, route, covers, self.most_rows)
         begin = recorder.since
         await rows.back
         recorder.waited(layer.number, step.key, begin, rows.back.at, len(rows.answers), rows.back.by)

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moempi.batch import Step
 from moempi.device.cuda_attention import attend
-from moempi.device.cuda_rows import turn_heads
-from moempi.device.cuda_transfer import to_device
+from moempi.device.cuda_graphs import Graphs
+from moempi.device.cuda_rows import add_norm, turn_heads
+from moempi.device.cuda_transfer import all_to_device, words_of
 from moempi.errors import MoempiError
 from moempi.exchange.dispatch_cuda import CudaRows, CudaTable, combine, dispatch
 from moempi.exchange.engine_cuda import CudaEngine
 from moempi.layer import Forward
 from moempi.model.gate import Route
 from moempi.model.network import Layer
-from moempi.stages import ATTEND, COMBINE, HEAD
+from moempi.planning.gpu_memory import ROUND, STEADY
+from moempi.stages import ATTEND, COMBINE, EMBED, HEAD
+
+
+class Lane:
+    """Where the steady steps of a microbatch find everything at the same place each time, so that graphs can.
+
+    Args:
+        rows: most of a step.
+        d: D.
+    """
+
+    def __init__(self, rows: int, d: int, dtype: torch.dtype, device: torch.device):
+        self.x, self.attended, self.hidden = torch.zeros(3, rows, d, dtype=dtype, device=device)  # each [rows, D]
+        self.step = torch.empty(0, dtype=torch.int64, device=device)
+        self.graphs = Graphs()
+
+    def room_for_step(self, words: int) -> Tensor:
+        """int64 [>= words] for what a step tells the kernels; the same memory each time, while it is large enough."""
+        if len(self.step) < words:
+            self.step = self.step.new_empty(2 * words)
+        return self.step
 
 
 @dataclass(frozen=True)
@@ -27,6 +50,12 @@ class CudaStep(Step):
 
     turns: Tensor  # [T] int64, sequence + position of every token: which replica takes it
     host: Any  # TilePlan
+    lane: Lane | None  # of a steady step
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What a recording of a steady step depends on."""
+        return self.plan.positions.data_ptr(), len(self.plan.positions), self.plan.pages.shape[1]
 
 
 @dataclass(frozen=True)
@@ -35,10 +64,13 @@ class CudaForward(Forward):
 
     Args:
         tables: routing tables on the GPU.
+        capacity: most sequences of a microbatch.
     """
 
     engine: CudaEngine
     tables: dict[int, CudaTable]
+    capacity: int
+    lanes: dict[int, Lane] = field(default_factory=dict)
 
     async def __call__(self, step: Step) -> tuple[list[int], list[float]]:
         """Next token and its log-probability, for every sequence in `step.choosing`."""
@@ -46,27 +78,77 @@ class CudaForward(Forward):
 
     def on_gpu(self, step: Step) -> CudaStep:
         """A step of the host, on the GPU."""
-        device = self.cache.keys.device
+        device, plan, n = self.cache.keys.device, step.plan, step.n_tokens
+        turns = step.owners + plan.positions[:n]
+        tensors = {**plan.tensors(), "tokens": step.tokens, "last": step.last, "turns": turns}
+        lane, words = self.lane_of(step.microbatch) if plan.steady else None, words_of(tensors)
+        memory = lane.room_for_step(words) if lane else torch.empty(words, dtype=torch.int64, device=device)
+        there = all_to_device(tensors, memory)
         kept = {f.name: getattr(step, f.name) for f in fields(step) if f.name not in ("tokens", "last", "plan")}
-        return CudaStep(
-            **kept,
-            tokens=to_device(step.tokens, device),
-            last=to_device(step.last, device),
-            plan=step.plan.on(device),
-            turns=to_device(step.owners + step.plan.positions, device),
-            host=step.plan,
-        )
+        mine = {name: there.pop(name) for name in ("tokens", "last", "turns")}
+        return CudaStep(**kept, **mine, plan=replace(plan, **there), host=plan, lane=lane)  # type: ignore[arg-type]
+
+    def lane_of(self, microbatch: int) -> Lane:
+        """Memory of a microbatch's steady steps, made when the first one comes."""
+        if microbatch not in self.lanes:
+            rows, network = min(STEADY, -(-self.capacity // ROUND) * ROUND), self.network
+            self.lanes[microbatch] = Lane(rows, network.config.d_model, network.dtype, self.cache.keys.device)
+        return self.lanes[microbatch]
+
+    async def pass_layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
+        """One layer: rows [T, D] in, rows [T, D] out."""
+        assert isinstance(step, CudaStep)
+        if step.lane is None:
+            return await super().pass_layer(layer, x, step)
+        lane, n = step.lane, step.n_tokens
+        route = lane.graphs.run(step.shape, layer.number, lambda: self.until_dispatch(layer, step, lane))
+        self.lap(ATTEND, layer.number, step, n)
+        if route is None:
+            return x
+        route = Route(route.experts[:n], route.weights[:n])
+        rows = await self.dispatch(layer, lane.hidden[:n], route, step)
+        combine(self.engine, lane.attended[:n], route, rows, out=x)
+        self.lap(COMBINE, layer.number, step, n)
+        return x
+
+    def until_dispatch(self, layer: Layer, step: CudaStep, lane: Lane) -> Route | None:
+        """Attention and gate of a steady step, from `lane.x` into `attended`, `hidden` and the route; padding too.
+
+        A dense layer goes from `lane.x` to `lane.x`, and has no route.
+        """
+        n = len(step.plan.positions)
+        x, attended, hidden = lane.x[:n], lane.attended[:n], lane.hidden[:n]
+        mixed = self.mix(layer, x, step)
+        if layer.dense:
+            x.copy_(layer.dense_mlp(layer.close_attention(x, mixed)))
+            return None
+        add_norm(x, layer.output(mixed), layer.mlp_norm, layer.config.norm_eps, attended, hidden)
+        return layer.route(hidden)
+
+    # ------------------------------------------------------------ the stages
+
+    def embed(self, step: Step) -> Tensor:
+        """Rows [T, D] of the step's tokens."""
+        assert isinstance(step, CudaStep)
+        if step.lane is None:
+            return super().embed(step)
+        x = torch.index_select(self.network.embedding, 0, step.tokens, out=step.lane.x[: step.n_tokens])
+        self.lap(EMBED, -1, step, step.n_tokens)
+        return x
 
     async def attend(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """Write this step's keys and values, then attend to all that the cache holds of each sequence."""
+        attended = layer.close_attention(x, self.mix(layer, x, step))
+        self.lap(ATTEND, layer.number, step, step.n_tokens)
+        return attended
+
+    def mix(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
+        """Attention before its output's projection, of rows [R, D]; their keys and values go into the cache."""
         plan, number, rotary = step.plan, layer.number, self.network.rotary
         keys, values = self.cache.keys[number], self.cache.values[number]
         rows, tables = layer.project_rows(x), (rotary.cos, rotary.sin)
         queries = turn_heads(rows, layer.head_norm, layer.config.norm_eps, tables, plan, keys, values)
-        mixed = attend(queries, keys, values, plan)
-        attended = layer.close_attention(x, mixed)
-        self.lap(ATTEND, number, step, step.n_tokens)
-        return attended
+        return attend(queries, keys, values, plan)
 
     async def dispatch(self, layer: Layer, hidden: Tensor, route: Route, step: Step) -> CudaRows:  # type: ignore[override]
         """Rows to the slots of their experts, and back."""
@@ -106,6 +188,6 @@ class CudaForward(Forward):
     async def keep_routes(self, layer: Layer, route: Route, step: CudaStep) -> None:
         """The routes themselves, where the trace asks for them."""
         experts, weights = await self.engine.fetch(route.experts, route.weights)
-        owners, positions = step.owners.numpy(), step.host.positions.numpy()
+        owners, positions = step.owners.numpy(), step.host.positions[: step.n_tokens].numpy()
         recorder = self.engine.recorder
         recorder.routes(layer.number, step.microbatch, step.number, owners, positions, experts, weights)

@@ -20,7 +20,7 @@ import torch
 from moempi.errors import DataError, MoempiError
 from moempi.files.init_weights import init_weights
 from moempi.files.inputs import Prompts, write_inputs
-from moempi.job import Job, load_job
+from moempi.job import load_job
 from moempi.mpi import AgreedError, agree, meet
 from moempi.report import Outcome
 from moempi.run import run
@@ -95,7 +95,7 @@ def measure_jobs(
             for repeat in range(rounds + first):
                 outcome = None
                 if world.rank < count:
-                    outcome = _run(part, _job(folder, phase, count, overrides))
+                    outcome = run_job(part, folder, phase, overrides)
                 meet(world)
                 if outcome is not None and world.rank == 0 and repeat >= first:
                     found.append(_told(count, phase, outcome))
@@ -103,12 +103,10 @@ def measure_jobs(
     return found
 
 
-def _job(folder: Path, phase: Phase, ranks: int, overrides: Sequence[str]) -> Job:
-    each = -(-phase.prompts // ranks)
-    return load_job(folder / f"{phase.name}.toml", [f"run.capacity={each}", *overrides])
-
-
-def _run(part: MPI.Intracomm, job: Job) -> Outcome:
+def run_job(part: MPI.Intracomm, folder: Path, phase: Phase, overrides: Sequence[str]) -> Outcome:
+    """Run a phase's job file, every sequence at work from the start. Collective over `part`."""
+    each = -(-phase.prompts // part.size)
+    job = load_job(folder / f"{phase.name}.toml", [f"run.capacity={each}", *overrides])
     try:
         outcome = run(part, job, overwrite=True)
     except AgreedError as error:

@@ -158,5 +158,3 @@ class CudaLayers:
         for name in ("memory", "engine", "alone", "apart", "packed", "answers", "layers", "x", "routes"):
             delattr(self, name)
         torch.cuda.empty_cache()
-
-

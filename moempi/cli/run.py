@@ -230,8 +230,10 @@ def describe(outcome: Outcome, seconds: float = 0.0) -> str:
     if outcome.messages:
         lines.append(f"on {outcome.device}; rows travel {outcome.messages}")
     if outcome.memory_peak:
-        lines.append(f"memory: {show_bytes(max(outcome.memory_peak))} at most on a rank, "
-                     f"{show_bytes(max(outcome.memory_planned))} planned")
+        lines.append(
+            f"memory: {show_bytes(max(outcome.memory_peak))} at most on a rank, "
+            f"{show_bytes(max(outcome.memory_planned))} planned"
+        )
     if seconds:
         lines.append(f"total:  {seconds:.1f} s, with start-up, reading and writing")
     if outcome.exit_code == EXIT_DONE:

@@ -9,18 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moempi.device.cuda_transfer import to_device
+from moempi.device.cuda_transfer import all_to_device, words_of
+from moempi.device.cuda_triton import WIDE, Compiled, compiled
 from moempi.model.attention import AttentionPlan, Span, plan_attention
 from moempi.model.config import PAGE
+from moempi.planning.gpu_memory import ROUND, STEADY
 
 TILE = 16  # query rows; the least that a product on the GPU takes
+COLUMNS = 8  # to a multiple of which the pages of the longest sequence are padded in a steady step
 
 
 @dataclass(frozen=True)
@@ -33,11 +38,35 @@ class TilePlan(AttentionPlan):
     tiles: Tensor  # [A, 4] int32: first query row, rows, pages, line of `pages`
     row_positions: Tensor  # [A, TILE] int32; -1 for padding
     group: int  # query heads per key-value head
+    steady: bool = False  # one new position of every sequence, and padding behind them: shapes that come again
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What kernels read, by name."""
+        return {name: getattr(self, name) for name in _READ}
 
     def on(self, device: torch.device) -> TilePlan:
         """The same on the GPU."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: to_device(value, device) for name, value in tensors.items()})  # type: ignore[arg-type]
+        tensors = self.tensors()
+        memory = torch.empty(words_of(tensors), dtype=torch.int64, device=device)
+        return replace(self, **all_to_device(tensors, memory))  # type: ignore[arg-type]
+
+
+_READ = "positions", "write_pages", "write_offsets", "pages", "tiles", "row_positions"
+
+
+def plan_step(spans: Sequence[Span], group: int, spare: int) -> TilePlan:
+    """The plan of a step. With one new position of each of a few sequences it is padded to one of few shapes.
+
+    Args:
+        spans: as of `plan_tiles`.
+        spare: page that padding writes to and reads.
+    """
+    n = len(spans)
+    if n > STEADY or any(span.end - span.begin != 1 for span in spans):
+        return plan_tiles(spans, group)
+    plan = plan_tiles([*spans, *[Span(0, 1, (spare,))] * (-n % ROUND)], group)
+    columns = plan.pages.shape[1]
+    return replace(plan, pages=F.pad(plan.pages, (0, -columns % COLUMNS)), steady=True)
 
 
 def plan_tiles(spans: Sequence[Span], group: int) -> TilePlan:
@@ -66,7 +95,7 @@ def plan_tiles(spans: Sequence[Span], group: int) -> TilePlan:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_columns"])
 def _attend(  # type: ignore[no-untyped-def]
     queries,
     keys,
@@ -77,10 +106,10 @@ def _attend(  # type: ignore[no-untyped-def]
     pages,
     n_columns,
     scale,
-    n_heads,
-    n_kv_heads,
-    head_dim,
-    width,
+    N_HEADS: tl.constexpr,  # noqa: N803
+    N_KV_HEADS: tl.constexpr,  # noqa: N803
+    HEAD_DIM: tl.constexpr,  # noqa: N803
+    WIDTH: tl.constexpr,  # noqa: N803
     GROUP: tl.constexpr,  # noqa: N803
     TILE: tl.constexpr,  # noqa: N803
     PAGE: tl.constexpr,  # noqa: N803
@@ -98,21 +127,21 @@ def _attend(  # type: ignore[no-untyped-def]
     dim = tl.arange(0, DIMS)
     key = tl.arange(0, PAGE)
     # [TILE, DIMS], the heads of a group beside each other
-    at = ((row // GROUP).to(tl.int64) * n_heads + kv * GROUP + row % GROUP)[:, None] * head_dim + dim[None, :]
-    inside = there[:, None] & (dim[None, :] < head_dim)
+    at = ((row // GROUP).to(tl.int64) * N_HEADS + kv * GROUP + row % GROUP)[:, None] * HEAD_DIM + dim[None, :]
+    inside = there[:, None] & (dim[None, :] < HEAD_DIM)
     q = (tl.load(queries + at, mask=inside, other=0.0) * scale).to(keys.dtype.element_ty)
     highest = tl.full((TILE,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((TILE,), dtype=tl.float32)
     mixed = tl.zeros((TILE, DIMS), dtype=tl.float32)
     for j in range(n_pages):
-        page = (tl.load(book + j) * n_kv_heads + kv) * width * PAGE
-        k = tl.load(keys + page + dim[:, None] * PAGE + key[None, :], mask=dim[:, None] < width, other=0.0)
+        page = (tl.load(book + j) * N_KV_HEADS + kv) * WIDTH * PAGE
+        k = tl.load(keys + page + dim[:, None] * PAGE + key[None, :], mask=dim[:, None] < WIDTH, other=0.0)
         scores = tl.dot(q, k, input_precision="ieee")
         scores = tl.where(j * PAGE + key[None, :] <= position[:, None], scores, float("-inf"))
         peak = tl.maximum(highest, tl.max(scores, 1))
         shrink = tl.exp(highest - peak)
         weights = tl.exp(scores - peak[:, None])
-        v = tl.load(values + page + key[:, None] * width + dim[None, :], mask=dim[None, :] < width, other=0.0)
+        v = tl.load(values + page + key[:, None] * WIDTH + dim[None, :], mask=dim[None, :] < WIDTH, other=0.0)
         total = total * shrink + tl.sum(weights, 1)
         mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         highest = peak
@@ -135,25 +164,29 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: TilePlan) -> Ten
     n_kv_heads, width = keys.shape[1], keys.shape[2]
     out = torch.empty(n_tokens, n_heads * head_dim, dtype=keys.dtype, device=keys.device)
     if n_tokens:
-        _attend[(len(plan.tiles), n_kv_heads)](
-            queries.contiguous(),
-            keys,
-            values,
-            out,
-            plan.tiles,
-            plan.row_positions,
-            plan.pages,
-            plan.pages.shape[1],
-            head_dim**-0.5,
-            n_heads,
-            n_kv_heads,
-            head_dim,
-            width,
-            GROUP=plan.group,
-            TILE=TILE,
-            PAGE=PAGE,
-            DIMS=max(16, triton.next_power_of_2(head_dim)),
-            num_warps=4,
-            num_stages=2,
-        )
+        tensors = queries.contiguous(), keys, values, out, plan.tiles, plan.row_positions, plan.pages
+        addresses = [t.data_ptr() for t in tensors]
+        aligned = tuple(address % WIDE == 0 for address in addresses)
+        kernel = _compiled(keys.dtype, aligned, n_heads, n_kv_heads, head_dim, width, plan.group)
+        kernel((len(plan.tiles), n_kv_heads, 1), *addresses, plan.pages.shape[1], head_dim**-0.5)
     return out
+
+
+@cache
+def _compiled(
+    dtype: torch.dtype, aligned: tuple[bool, ...], n_heads: int, n_kv_heads: int, head_dim: int, width: int, group: int
+) -> Compiled:
+    """The kernel for heads of a kind."""
+    constants = {
+        "N_HEADS": n_heads,
+        "N_KV_HEADS": n_kv_heads,
+        "HEAD_DIM": head_dim,
+        "WIDTH": width,
+        "GROUP": group,
+        "TILE": TILE,
+        "PAGE": PAGE,
+        "DIMS": max(16, triton.next_power_of_2(head_dim)),
+    }
+    types = torch.float32, dtype, dtype, dtype, torch.int32, torch.int32, torch.int64
+    pointers = list(zip(types, aligned, strict=True))
+    return compiled(_attend, pointers, (2, head_dim**-0.5), constants, num_warps=4, num_stages=2)

@@ -11,8 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moempi.device.cuda_memory import Rows
-from moempi.device.cuda_products import Grouped, Sections, prepare, product_at
-from moempi.device.cuda_rows import swiglu, swiglu_at
+from moempi.device.cuda_products import product_at, product_by_tiles, tile_for, unit_of
+from moempi.device.cuda_rows import swiglu, swiglu_at, tile_tables
+from moempi.device.cuda_transfer import put
 from moempi.model.expert import Expert
 
 # Operations per slot, below which one launch for all slots is faster than cuBLAS slot by slot: its three calls take the
@@ -49,16 +50,6 @@ def parts_of(batches: Sequence[Batch]) -> list[Part]:
     return parts
 
 
-def sections_of(batches: Sequence[Batch]) -> Sections:
-    """The same as arrays, with the parts of a slot beside each other: they read the same weights."""
-    rows = np.array([batch.rows_per_slot for batch in batches], dtype=np.int64)  # [batches, slots]
-    lo = rows.cumsum(axis=1) - rows
-    sources = np.array([[batch.rows.begin] for batch in batches]) + lo * batches[0].rows.d
-    targets = np.array([[batch.answer.begin] for batch in batches]) + lo * batches[0].answer.d
-    slots, at = np.nonzero(rows.T)
-    return Sections(slots, *(each[at, slots] for each in (rows, sources, targets)))
-
-
 class Scratch:
     """Memory for what lies between two products. Calls follow each other on one stream, so all layers share it."""
 
@@ -84,6 +75,7 @@ class Stack:
 
     def __init__(self, gate_up: Tensor, down: Tensor, *, exact: bool, scratch: Scratch):
         self.gate_up, self.down, self.exact, self._scratch = gate_up, down, exact, scratch
+        self.slots, self.nbytes = len(gate_up), gate_up.nbytes + down.nbytes
         self._gate_up, self._down = gate_up.unbind(), down.unbind()  # views made once
         self._down_turned = [weight.T for weight in self._down]
 
@@ -94,7 +86,7 @@ class Stack:
         operations = 2 * rows * (self._gate_up[0].numel() + self._down[0].numel())
         fixed = self.exact or operations < WORTH_CALLS * parts
         if fixed and parts > FEW:
-            self._together(sections_of(batches), memory, rows)
+            self._together(batches, memory, rows)
             return
         for part in parts_of(batches):
             if fixed:
@@ -114,17 +106,29 @@ class Stack:
         swiglu_at(gated, n, width // 2, gate_up.dtype, hidden)
         product_at(hidden, n, down, part.answer.address)
 
-    def _together(self, sections: Sections, memory: Tensor, rows: int) -> None:
-        _, outputs, _ = self.gate_up.shape
-        gated = self.gate_up.new_empty(rows * outputs)
-        hidden = self.gate_up.new_empty(rows * outputs // 2)
-        begin = sections.rows.cumsum() - sections.rows
-        inward = Grouped(memory, self.gate_up, gated, sections._replace(targets=begin * outputs))
-        outward = Grouped(hidden, self.down, memory, sections._replace(sources=begin * (outputs // 2)))
-        launch_inward, launch_outward = prepare([inward, outward])
-        launch_inward()
-        swiglu_at(gated.data_ptr(), rows, outputs // 2, gated.dtype, hidden.data_ptr())
-        launch_outward()
+    def _together(self, batches: Sequence[Batch], memory: Tensor, rows: int) -> None:
+        n_slots, width, d = self.gate_up.shape
+        hidden, dtype = width // 2, self.gate_up.dtype
+        in_d, in_width, in_hidden = (unit_of(n, dtype) for n in (d, width, hidden))
+        given = np.array([(b.rows.begin, b.answer.begin, *b.rows_per_slot) for b in batches], dtype=np.int64)
+        given[:, :2] //= in_d
+        counts = given[:, 2:]
+        tile = tile_for(dtype, int(counts.max()))
+        tiles = int((-(-counts // tile.rows)).sum())
+        # The tables are made on the GPU, from what is known of the batches: the host would take longer than all else.
+        sizes = given.size, counts.size + 1, 4 * tiles, 4 * tiles
+        table = torch.empty(sum(sizes), dtype=torch.int64, device=memory.device)
+        at, between, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(4))
+        put(given, at)
+        steps = d // in_d, width // in_width, hidden // in_hidden
+        tile_tables(at, between, inward, outward, (len(batches), n_slots), tile.rows, steps)
+        scratch = self._scratch.take(rows * (width + hidden), self.gate_up)
+        gated = scratch.data_ptr()
+        activated = gated + rows * width * dtype.itemsize
+        source = memory.data_ptr()
+        product_by_tiles(source, self.gate_up, gated, inward, tiles, tile, (in_d, in_width))
+        swiglu_at(gated, rows, hidden, dtype, activated)
+        product_by_tiles(activated, self.down, source, outward, tiles, tile, (in_hidden, in_d))
 
 
 class Pieces:
@@ -136,6 +140,7 @@ class Pieces:
 
     def __init__(self, slots: Mapping[int, Expert]):
         self._slots = slots
+        self.slots, self.nbytes = len(slots), 0  # nothing waits for them
 
     def __call__(self, batches: Sequence[Batch], memory: Tensor) -> None:
         """Compute all batches into their answers."""

@@ -9,18 +9,15 @@ product is the pattern).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import cache
+from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moempi.device.cuda_launch import current_stream
-from moempi.device.cuda_transfer import to_device
+from moempi.device.cuda_triton import WIDE, Compiled, compiled
 
 
 class Tile(NamedTuple):
@@ -42,7 +39,6 @@ TILES = {
 STEPS = (256, 768)  # rows up to which the first and the second tile are taken
 _GROUP = 8  # tiles of rows that share a weight's tile in the cache
 Units = tuple[int, int]  # elements in which offsets of rows and of outputs are counted
-_UNIT = 16  # bytes: offsets are counted in these where all rows are aligned to them, so that loads are wide
 
 
 @triton.jit(do_not_specialize=["n_rows"])  # a kernel for every number of rows would be compiled while a job runs
@@ -120,66 +116,20 @@ def product_at(source: int, rows: int, weight: Tensor, target: int, tile: Tile |
         _launch(source, weight, target, None, rows, -(-rows // tile.rows), tile, 1, 1)
 
 
-class Sections(NamedTuple):
-    """P times R rows that meet one weight: [R, I] at an offset of one tensor, [R, O] at one of another; [P] int64."""
-
-    weights: np.ndarray  # places in the stack of weights
-    rows: np.ndarray  # R, at least 1
-    sources: np.ndarray  # offsets in elements
-    targets: np.ndarray
-
-
-class Grouped(NamedTuple):
-    """For every section, its rows [R, I] of `source` times its weight.T into its rows [R, O] of `target`.
+def product_by_tiles(
+    source: int, weights: Tensor, target: int, table: int, tiles: int, tile: Tile, units: Units
+) -> None:
+    """For every tile of rows, [R, I] of one memory, their product with one of the weights into [R, O] of another.
 
     Args:
-        source, target: flat views of the memory that the sections' offsets count in.
+        source, target: addresses of the memories.
         weights: [S, O, I] contiguous.
+        table: address of int64 [tiles, 4] on the GPU: rows that are left of a part from here on, where they begin,
+            which weight, where their outputs begin.
+        units: elements in which the table counts in `source` and in `target`; all begins are multiples of 16 bytes
+            where a unit is.
     """
-
-    source: Tensor
-    weights: Tensor
-    target: Tensor
-    sections: Sections
-
-
-def prepare(products: Sequence[Grouped]) -> list[Callable[[], None]]:
-    """What launches each of the products, on the current stream; their tables go to the GPU in one copy."""
-    tables, launches, begin = [], [], 0
-    for source, weights, target, sections in products:
-        outputs, inputs = weights.shape[1:]
-        tile = tile_for(weights.dtype, int(sections.rows.max()))
-        units = _units(source, inputs, sections.sources), _units(target, outputs, sections.targets)
-        tables.append(tile_table(sections, tile.rows, inputs, outputs, *units))
-        launches.append((source.data_ptr(), weights, target.data_ptr(), begin, len(tables[-1]), tile, units))
-        begin += tables[-1].nbytes
-    on_gpu = to_device(torch.from_numpy(np.concatenate(tables)), products[0].weights.device)
-
-    def launch(source: int, weights: Tensor, target: int, table: int, n: int, tile: Tile, units: Units) -> None:
-        _launch(source, weights, target, on_gpu.data_ptr() + table, 0, n, tile, *units)
-
-    return [partial(launch, *arguments) for arguments in launches]
-
-
-def grouped_product(source: Tensor, weights: Tensor, target: Tensor, sections: Sections) -> None:
-    """One grouped product by itself."""
-    prepare([Grouped(source, weights, target, sections)])[0]()
-
-
-def tile_table(
-    sections: Sections, tile_rows: int, inputs: int, outputs: int, in_unit: int, out_unit: int
-) -> np.ndarray:
-    """int64 [tiles, 4]: rows that are left, offset of the rows, weight, offset of the outputs; offsets in units."""
-    weights, rows, sources, targets = sections
-    tiles = -(-rows // tile_rows)
-    owner = np.repeat(np.arange(len(rows)), tiles)
-    begin = (np.arange(len(owner)) - (tiles.cumsum() - tiles)[owner]) * tile_rows
-    table = np.empty((len(owner), 4), dtype=np.int64)
-    table[:, 0] = rows[owner] - begin
-    table[:, 1] = (sources[owner] + begin * inputs) // in_unit
-    table[:, 2] = weights[owner]
-    table[:, 3] = (targets[owner] + begin * outputs) // out_unit
-    return table
+    _launch(source, weights, target, table, 0, tiles, tile, *units)
 
 
 def tile_for(dtype: torch.dtype, rows: int) -> Tile:
@@ -187,10 +137,10 @@ def tile_for(dtype: torch.dtype, rows: int) -> Tile:
     return TILES[dtype][bisect_left(STEPS, rows)]
 
 
-def _units(memory: Tensor, row: int, offsets: np.ndarray) -> int:
-    unit = _UNIT // memory.dtype.itemsize
-    aligned = memory.data_ptr() % _UNIT == 0 and row % unit == 0 and not (offsets % unit).any()
-    return unit if aligned else 1
+def unit_of(row: int, dtype: torch.dtype) -> int:
+    """Elements of 16 bytes where rows of so many elements are whole numbers of them, so that loads are wide; else 1."""
+    unit = WIDE // dtype.itemsize
+    return unit if row % unit == 0 else 1
 
 
 def _launch(
@@ -206,10 +156,9 @@ def _launch(
 ) -> None:
     outputs, inputs = weights.shape[-2:]
     addresses = source, weights.data_ptr(), target
-    aligned = (source % _UNIT == 0, addresses[1] % _UNIT == 0, target % _UNIT == 0)
-    kernel, constants = _compiled(weights.dtype, aligned, table is None, outputs, inputs, tile, in_unit, out_unit)
-    grid = (tiles * -(-outputs // tile.outputs), 1, 1)
-    kernel[grid](*addresses, table, rows, outputs, inputs, *constants, stream=current_stream())
+    aligned = (source % WIDE == 0, addresses[1] % WIDE == 0, target % WIDE == 0)
+    kernel = _compiled(weights.dtype, aligned, table is None, outputs, inputs, tile, in_unit, out_unit)
+    kernel((tiles * -(-outputs // tile.outputs), 1, 1), *addresses, table, rows, outputs, inputs)
 
 
 @cache
@@ -222,8 +171,8 @@ def _compiled(
     tile: Tile,
     in_unit: int,
     out_unit: int,
-) -> tuple[Any, tuple[int | bool, ...]]:
-    """The kernel for products of a kind, with its constants: Triton's own search for it takes longer than a launch."""
+) -> Compiled:
+    """The kernel for products of a kind."""
     constants = {
         "IN_UNIT": in_unit,
         "OUT_UNIT": out_unit,
@@ -234,21 +183,6 @@ def _compiled(
         "EVEN": inputs % tile.inputs == 0,
         "GROUP": _GROUP,
     }
-    pointers = [_Pointer(dtype, 0 if wide else dtype.itemsize) for wide in aligned]
-    table = None if single else _Pointer(torch.int64, 0)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    kernel = _product.warmup(*pointers, table, 2, outputs, inputs, **constants, **options, grid=(1,))
-    return kernel, tuple(constants.values())
-
-
-class _Pointer:
-    """What Triton asks of a tensor in order to compile for it."""
-
-    def __init__(self, dtype: torch.dtype, address: int):
-        self.dtype, self._address = dtype, address
-
-    def data_ptr(self) -> int:
-        return self._address
-
-    def ptr_range(self) -> int:
-        return 0
+    pointers = [*((dtype, wide) for wide in aligned), None if single else (torch.int64, True)]
+    numbers = 2, outputs, inputs
+    return compiled(_product, pointers, numbers, constants, num_warps=tile.warps, num_stages=tile.stages)

@@ -35,6 +35,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.f
     return out
 
 
+def add_norm(residual: Tensor, rows: Tensor, weight: Tensor, eps: float, total: Tensor, normed: Tensor) -> None:
+    """Residual plus rows, both [T, D], into `total` [T, D], and its RMS norm into `normed` [T, D]; all of one dtype."""
+    n, d = rows.shape
+    if n:
+        threads = 32 if d <= 256 else 256  # as in `rms_norm`
+        tensors = [t.data_ptr() for t in (residual, rows, weight, total, normed)]
+        _kernel(f"add_norm<{_NAMES[rows.dtype]}>", 7)(n, threads, [*tensors, d, float_bits(eps)])
+
+
 def turn_heads(
     rows: Tensor,
     norm: Tensor,
@@ -94,15 +103,16 @@ def gather(rows: Tensor, pairs: Tensor, top_k: int, out: int) -> None:
         _kernel(f"gather<{_NAMES[rows.dtype]}, {wide}>", 5)(n, _threads(d // wide), values)
 
 
-def combine(x: Tensor, answers: Tensor, places: Tensor, weights: Tensor) -> Tensor:
+def combine(x: Tensor, answers: Tensor, places: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
     """Residual x [T, D] plus the weighted answers of each token: k ascending, float32, rounded once.
 
     Args:
         answers: [R, D], in the model's dtype or in float32.
         places: [T, K] int32, row of the answer to every (token, k).
         weights: [T, K] float32.
+        out: [T, D] for what comes out.
     """
-    out = torch.empty_like(x)
+    out = torch.empty_like(x) if out is None else out
     t, d = x.shape
     if t:
         a, b, c = x.data_ptr(), answers.data_ptr(), out.data_ptr()
@@ -153,6 +163,22 @@ def sort_pairs(
     return pairs, places
 
 
+def tile_tables(
+    batches: int, begins: int, inward: int, outward: int, shape: tuple[int, int], tile: int, units: tuple[int, int, int]
+) -> None:
+    """Which rows meet which weights in the two products of an expert call, tile by tile (`cuda_products`).
+
+    Args:
+        batches: address of int64 [B, 2 + S]: where a batch's rows begin, where its outputs do, its rows for every slot.
+        begins: address of int64 [B * S + 1], for what lies in between.
+        inward, outward: addresses of int64 [tiles, 4].
+        shape: B and S.
+        tile: rows of a tile.
+        units: in a row of a batch, of what comes out of the first product, and of what goes into the second one.
+    """
+    _kernel("tile_tables", 10)(1, 1024, [batches, begins, inward, outward, *shape, tile, *units])
+
+
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Best token [S] int64, lowest id among equals, and its log-probability [S] float32, of logits [S, V] float32.
 
@@ -177,8 +203,9 @@ def _kernel(name: str, n_parameters: int) -> Kernel:
 @cache
 def _module() -> cupy.RawModule:
     types = _NAMES.values()
-    names = ["choose", "sort_pairs", "greedy"]
-    names += [f"rms_norm<{a}, {b}>" for a in types for b in types] + [f"turn_heads<{t}>" for t in types]
+    names = ["choose", "sort_pairs", "tile_tables", "greedy"]
+    names += [f"rms_norm<{a}, {b}>" for a in types for b in types]
+    names += [f"{kernel}<{t}>" for kernel in ("turn_heads", "add_norm") for t in types]
     for wide_float, wide_bf16 in ((4, 8), (1, 1)):
         wide = {"float": wide_float, "bf16": wide_bf16}
         names += [f"{kernel}<{t}, {wide[t]}>" for kernel in ("swiglu", "gather") for t in types]

@@ -53,6 +53,81 @@ __global__ void rms_norm(const T* x, const float* weight, O* out, integer heads,
   for (integer i = threadIdx.x; i < d; i += blockDim.x) to[i] = narrow<O>(wide(row[i]) * factor * scale[i]);
 }
 
+// What the threads before this one in a block of 1024 have together; `all` gets what the block has.
+__device__ inline integer sum_before(integer x, integer& all) {
+  __shared__ integer sums[32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  integer upto = x;
+  for (int step = 1; step < 32; step *= 2) {
+    const integer other = __shfl_up_sync(0xffffffffu, upto, step);
+    if (lane >= step) upto += other;
+  }
+  __syncthreads();
+  if (lane == 31) sums[warp] = upto;
+  __syncthreads();
+  integer before = lane < warp ? sums[lane] : 0;
+  all = sums[lane];
+  for (int step = 16; step; step /= 2) {
+    before += __shfl_xor_sync(0xffffffffu, before, step);
+    all += __shfl_xor_sync(0xffffffffu, all, step);
+  }
+  return before + upto - x;
+}
+
+// One block of 1024 threads. A part is what a batch has for a slot. Between the two products the rows lie batch by
+// batch; the tiles of a slot are beside each other, because they read the same weights.
+__global__ void tile_tables(const integer* batches, integer* begins, integer* inward, integer* outward,
+                            integer n_batches, integer n_slots, integer tile, integer row, integer gated,
+                            integer hidden) {
+  const integer n = n_batches * n_slots;
+  integer base = 0, all;
+  for (integer begin = 0; begin < n; begin += 1024) {
+    const integer i = begin + threadIdx.x;
+    const integer before = sum_before(i < n ? batches[i / n_slots * (n_slots + 2) + 2 + i % n_slots] : 0, all);
+    if (i < n) begins[i] = base + before;
+    base += all;
+  }
+  if (threadIdx.x == 0) begins[n] = base;
+  __syncthreads();
+  integer first = 0;
+  for (integer begin = 0; begin < n; begin += 1024) {
+    const integer i = begin + threadIdx.x, slot = i / n_batches, batch = i % n_batches;
+    const integer part = batch * n_slots + slot, rows = i < n ? begins[part + 1] - begins[part] : 0;
+    const integer tiles = (rows + tile - 1) / tile, at = first + sum_before(tiles, all);
+    first += all;
+    if (tiles == 0) continue;
+    const integer* from = batches + batch * (n_slots + 2);
+    const integer begin_of_batch = begins[batch * n_slots];
+    for (integer j = 0; j < tiles; ++j) {
+      const integer here = begins[part] + j * tile, left = rows - j * tile, skip = (here - begin_of_batch) * row;
+      integer* in = inward + 4 * (at + j);
+      integer* out = outward + 4 * (at + j);
+      in[0] = out[0] = left;
+      in[1] = from[0] + skip;
+      in[2] = out[2] = slot;
+      in[3] = here * gated;
+      out[1] = here * hidden;
+      out[3] = from[1] + skip;
+    }
+  }
+}
+
+// Residual and the rows that are added to it, [T, D]; then the RMS norm of their sum, as `rms_norm` has it.
+template <class T>
+__global__ void add_norm(const T* residual, const T* rows, const float* weight, T* sum, T* normed, integer d,
+                         float eps) {
+  const integer begin = blockIdx.x * d;
+  float squares = 0.0f;
+  for (integer i = threadIdx.x; i < d; i += blockDim.x) {
+    const T total = narrow<T>(wide(residual[begin + i]) + wide(rows[begin + i]));
+    sum[begin + i] = total;
+    squares = squares + wide(total) * wide(total);
+  }
+  const float factor = rsqrtf(block_sum(squares) / d + eps);
+  for (integer i = threadIdx.x; i < d; i += blockDim.x)
+    normed[begin + i] = narrow<T>(wide(sum[begin + i]) * factor * weight[i]);
+}
+
 // One block per token, one warp per head; queries and keys are normed and turned, keys and values go into the cache.
 template <class T>
 __global__ void turn_heads(const T* rows, const float* norm, const float* cosines, const float* sines,

@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from cupy.cuda import runtime
 from torch import Tensor
 
 from moempi.device.cuda_clock import Clock
+from moempi.device.cuda_launch import current_stream
 from moempi.errors import MoempiError
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy of a host tensor on the GPU, in the order of the current stream; the host does not wait."""
-    return tensor.pin_memory().to(device, non_blocking=True)
+def all_to_device(tensors: Mapping[str, Tensor], memory: Tensor) -> dict[str, Tensor]:
+    """Copies of small host tensors of at most two dimensions, int32 or int64, in one transfer; the host does not wait.
+
+    Args:
+        memory: int64 [>= `words_of(tensors)`] on the GPU, in which the copies will lie, in their order; they are
+            there once the current stream has come to here.
+    """
+    begins, n = _places(tensors)
+    host = torch.empty(n, dtype=torch.int64, pin_memory=True)
+    into = host.numpy().view(np.uint8)
+    for tensor, begin in zip(tensors.values(), begins, strict=True):
+        if tensor.numel():
+            into[8 * begin : 8 * begin + tensor.nbytes] = tensor.numpy().reshape(-1).view(np.uint8)
+    memory[:n].copy_(host, non_blocking=True)
+    flat = {torch.int64: memory, torch.int32: memory.view(torch.int32)}
+    return {
+        name: flat[tensor.dtype].as_strided(tensor.shape, tensor.stride(), begin * 8 // tensor.itemsize)
+        for (name, tensor), begin in zip(tensors.items(), begins, strict=True)
+    }
+
+
+def words_of(tensors: Mapping[str, Tensor]) -> int:
+    """int64 words that `all_to_device` fills."""
+    return _places(tensors)[1]
+
+
+def _places(tensors: Mapping[str, Tensor]) -> tuple[list[int], int]:
+    """Where each of them begins, and how long all are, in words of 8 bytes; each is aligned to 16 bytes."""
+    begins, n = [], 0
+    for tensor in tensors.values():
+        begins.append(n)
+        n += -(-tensor.nbytes // 16) * 2
+    return begins, n
+
+
+def put(array: np.ndarray, address: int) -> None:
+    """Copy a small contiguous array to an address on the GPU, in the order of the current stream.
+
+    The driver takes up to 64 KiB along as it is called, from any memory of the host, which may then be used again.
+    """
+    source = array.__array_interface__["data"][0]
+    runtime.memcpyAsync(address, source, array.nbytes, runtime.memcpyHostToDevice, current_stream())
 
 
 def to_host(tensor: Tensor) -> Tensor:

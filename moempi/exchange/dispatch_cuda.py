@@ -140,8 +140,12 @@ def _by_slot(pairs: Tensor, counts: np.ndarray, on_gpu: CudaTable) -> Tensor:
     return torch.cat([pairs[int(begin[c]) : int(begin[c + 1])] for c in on_gpu.cover_of_slot])
 
 
-def combine(engine: CudaEngine, x: Tensor, route: Route, rows: CudaRows) -> Tensor:
-    """Residual x [T, D] plus the weighted outputs of each token's experts: k ascending, float32, rounded once."""
-    combined = cuda_rows.combine(x, rows.by_cover(), rows.places, route.weights)
+def combine(engine: CudaEngine, x: Tensor, route: Route, rows: CudaRows, out: Tensor | None = None) -> Tensor:
+    """Residual x [T, D] plus the weighted outputs of each token's experts: k ascending, float32, rounded once.
+
+    Args:
+        out: [T, D] for what comes out.
+    """
+    combined = cuda_rows.combine(x, rows.by_cover(), rows.places, route.weights, out)
     engine.give(rows.block)
     return combined

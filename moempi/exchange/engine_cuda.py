@@ -118,7 +118,7 @@ class CudaEngine(Engine):
 
     def _rest(self) -> None:
         # Kernels and messages under way end within microseconds: sleeping would cost more than it saves.
-        if self.requests or any(self._clocks):
+        if self.requests or self.experts.waiting or any(self._clocks):
             self._empty_polls = 0
         super()._rest()
 
@@ -257,7 +257,7 @@ class CudaEngine(Engine):
 
     def _served(self, finished: list[Arrival]) -> None:
         self.experts.in_flight -= 1
-        if not self.experts.in_flight and not self.experts:
+        if not self.experts.in_flight and not self.experts.waiting:
             self.recorder.span(LOADED, -1, NO_STEP, self.experts.since, time.perf_counter_ns(), 0, 0, -1)
         for arrival in finished:
             self.answer(arrival)

@@ -27,6 +27,8 @@ SETTINGS = {
     "UCX_LOG_LEVEL": "error",
 }
 
+_ready = False  # this process's MPI is the embedded one, and was made ready
+
 _OF_A_LAUNCHER = (
     *("PMIX_", "PRTE_", "PMI_", "OMPI_COMM", "OMPI_APP", "OMPI_ARGV", "OMPI_COMMAND", "OMPI_FILE", "OMPI_FIRST"),
     *("OMPI_NUM", "OMPI_UNIVERSE", "OMPI_MCA_orte", "OMPI_MCA_prte", "OMPI_MCA_ess", "OMPI_MCA_pmix"),
@@ -41,6 +43,7 @@ def prepare(environ: MutableMapping[str, str]) -> str:
     Returns:
         What was done, or why nothing was.
     """
+    global _ready
     if "mpi4py.MPI" in sys.modules:
         return "MPI was loaded before: it is taken as it is"
     if not embedded():
@@ -52,7 +55,20 @@ def prepare(environ: MutableMapping[str, str]) -> str:
         environ.setdefault(name, value)
     for library in LIBRARIES:
         ctypes.CDLL(str(folder / library), mode=os.RTLD_GLOBAL | os.RTLD_LAZY)
+    _ready = True
     return f"UCX of {folder}"
+
+
+def why_not_ready() -> str:
+    """Why this process's MPI would not take the memory of GPUs, whatever children of it find; empty for a site's own.
+
+    An MPI that is given an address that it does not know of reads there, and ends.
+    """
+    if _ready or not embedded():
+        return ""
+    if find_ucx() is None:
+        return "the embedded MPI has no CUDA without the wheel libucx-cu13: pip install 'moempi[cuda]'"
+    return "MPI was loaded before moempi.exchange.gpu_mpi.prepare could make it ready for GPUs"
 
 
 def embedded() -> bool:

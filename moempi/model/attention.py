@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor
 from moempi.model.config import PAGE
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """New positions [begin, end) of one sequence, whose keys and values lie in `pages`."""
 
     begin: int
@@ -43,14 +43,14 @@ def plan_attention(spans: Sequence[Span], group: int) -> AttentionPlan:
         spans: one per sequence, in the order of their rows in the batch.
         group: query heads per key-value head; here it does not matter.
     """
-    begins, ends = np.array([(span.begin, span.end) for span in spans]).T
+    begins, ends = (np.array(edge) for edge in list(zip(*spans, strict=True))[:2])
     lengths = ends - begins
     lines = np.repeat(np.arange(len(spans)), lengths)
     first = np.cumsum(lengths) - lengths
     positions = np.arange(len(lines)) + (begins - first)[lines]
     most = int(ends.max() - 1) // PAGE + 1
     # A sequence's later pages hold nothing yet, and a short one's line is padded: neither is read.
-    pages = np.array([[*span.pages[:most], *[0] * (most - len(span.pages))] for span in spans])
+    pages = np.array([(*span.pages[:most], *[0] * (most - len(span.pages))) for span in spans])
     blocks, offsets = np.divmod(positions, PAGE)
     return AttentionPlan(
         positions=torch.from_numpy(positions),

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from moempi.errors import FitError
-from moempi.model.config import PAGE
+from moempi.model.config import PAGE, padded_head
 
 
 def pages_for(tokens: int) -> int:
     """Pages that `tokens` positions take."""
     return -(-tokens // PAGE)
-
-
-def padded_head(head_dim: int) -> int:
-    """Head dimension as it is stored: a multiple of 16, so that products of every model keep their bits."""
-    return -(-head_dim // 16) * 16
 
 
 class KVCache:
@@ -30,6 +25,7 @@ class KVCache:
         tokens: positions that the cache holds; rounded up to pages.
         dtype: of the stored keys and values.
         device: where they are stored.
+        spare_pages: further pages, behind the others, that no sequence gets.
     """
 
     def __init__(
@@ -40,11 +36,12 @@ class KVCache:
         tokens: int,
         dtype: torch.dtype,
         device: torch.device | None = None,
+        spare_pages: int = 0,
     ):
         self.n_pages = pages_for(tokens)
-        width = padded_head(head_dim)
-        self.keys = torch.zeros(n_layers, self.n_pages, n_kv_heads, width, PAGE, dtype=dtype, device=device)
-        self.values = torch.zeros(n_layers, self.n_pages, n_kv_heads, PAGE, width, dtype=dtype, device=device)
+        n, width = self.n_pages + spare_pages, padded_head(head_dim)
+        self.keys = torch.zeros(n_layers, n, n_kv_heads, width, PAGE, dtype=dtype, device=device)
+        self.values = torch.zeros(n_layers, n, n_kv_heads, PAGE, width, dtype=dtype, device=device)
         self._free = list(range(self.n_pages - 1, -1, -1))
 
     def has_room(self, tokens: int) -> bool:

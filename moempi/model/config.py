@@ -11,6 +11,11 @@ PAGE = 64  # positions of a page of the KV cache, which is also a block of keys 
 MOST = 10_000  # layers, or experts of a layer: a damaged file may claim anything
 
 
+def padded_head(head_dim: int) -> int:
+    """Head dimension as it is stored: a multiple of 16, so that products of every model keep their bits."""
+    return -(-head_dim // 16) * 16
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of a Qwen3-MoE model; the letters are those of docs/glossary.md."""

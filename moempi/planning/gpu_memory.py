@@ -15,6 +15,8 @@ from moempi.model.config import ModelConfig
 CONTEXT = 704 * 2**20
 # torch's allocator takes memory in segments, which are not filled to the end.
 _SEGMENTS = 48 * 2**20
+STEADY = 512  # sequences, up to which a step of one token each is launched as graphs
+ROUND = 16  # to a multiple of which their number is padded
 CALL_ROWS = 65536  # most rows of an expert call, and of a message: they are computed whole
 _FLOAT32 = 4
 
@@ -37,7 +39,10 @@ def step_bytes(
     resident = microbatches * t * 2 * d * dtype_bytes
     logits = min(capacity, t) * config.vocab * (dtype_bytes + _FLOAT32)
     call = _call_bytes(config, dtype_bytes, n_ranks * microbatches, t, arrival_budget + resident * config.top_k)
-    return resident + t * _stage_bytes(config, dtype_bytes) + call + logits + _tables(config) + _SEGMENTS
+    stage = _stage_bytes(config, dtype_bytes)
+    # Steps of one token of each sequence have memory of their own, and their graphs a stage of theirs.
+    steady = microbatches * min(STEADY, -(-capacity // ROUND) * ROUND) * (3 * d * dtype_bytes + stage)
+    return resident + t * stage + steady + call + logits + _tables(config) + _SEGMENTS
 
 
 def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from moempi.errors import FitError
 from moempi.exchange.relay_plan import Ways
 from moempi.exchange.relay_wire import ALIGNED
-from moempi.model.config import PAGE, ModelConfig
+from moempi.model.config import PAGE, ModelConfig, padded_head
 from moempi.planning import gpu_memory
 from moempi.planning.placement import COLUMNS, Placement
 from moempi.recorder import PART_BYTES, PARTS_HELD
@@ -82,7 +82,7 @@ def plan_memory(
         trace_bytes: as of `trace_bytes`.
     """
     shared = shared_bytes(config, dtype_bytes, packed_head)
-    kv = kv_bytes(config, dtype_bytes, kv_tokens)
+    kv = kv_bytes(config, dtype_bytes, kv_tokens + PAGE * gpu)  # a GPU has a page for padding
     own = microbatches * home_message_bytes(config, dtype_bytes, max_step_tokens, placement)
     own *= 1 if relays is None else 2
     step = step_bytes(config, dtype_bytes, capacity, max_step_tokens, microbatches)
@@ -145,7 +145,7 @@ def slot_bytes(config: ModelConfig, dtype_bytes: int) -> int:
 def kv_bytes(config: ModelConfig, dtype_bytes: int, kv_tokens: int) -> int:
     """Keys and values of `kv_tokens` positions in all layers, rounded up to whole pages."""
     positions = -(-kv_tokens // PAGE) * PAGE
-    return 2 * config.n_layers * config.n_kv_heads * config.head_dim * dtype_bytes * positions
+    return 2 * config.n_layers * config.n_kv_heads * padded_head(config.head_dim) * dtype_bytes * positions
 
 
 def home_message_bytes(

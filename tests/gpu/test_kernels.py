@@ -5,7 +5,6 @@ from __future__ import annotations
 import random as python_random
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -16,11 +15,12 @@ if not torch.cuda.is_available():
 
 from moempi.device import cuda_rows
 from moempi.device.cuda import Cuda
-from moempi.device.cuda_attention import attend, plan_tiles
+from moempi.device.cuda_attention import attend, plan_step, plan_tiles
 from moempi.device.cuda_clock import Clock
 from moempi.device.cuda_experts import Batch, Scratch, Stack
+from moempi.device.cuda_graphs import SHAPES, Graphs
 from moempi.device.cuda_memory import Rows
-from moempi.device.cuda_products import TILES, Sections, grouped_product, product
+from moempi.device.cuda_products import TILES, product
 from moempi.model import gate
 from moempi.model.attention import Span
 from moempi.model.cache import KVCache, pages_for
@@ -187,19 +187,14 @@ def test_exact_products(random: torch.Generator, outputs: int, inputs: int, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("outputs,inputs", [(24, 40), (33, 65), (512, 256)])
-def test_grouped_products_have_the_bits_of_single_ones(
-    random: torch.Generator, outputs: int, inputs: int, dtype: torch.dtype
-) -> None:
-    weights = draw(random, 4, outputs, inputs, dtype=dtype)
-    x, y = draw(random, 400, inputs, dtype=dtype), poisoned(400, outputs, dtype=dtype)
-    parts = [(2, 0, 70), (0, 70, 71), (3, 100, 230), (2, 230, 400)]
-    slots, begins, ends = np.array(parts, dtype=np.int64).T
-    sections = Sections(slots, ends - begins, begins * inputs, begins * outputs)
-    grouped_product(x.view(-1), weights, y.view(-1), sections)
-    for w, lo, hi in parts:
-        assert torch.equal(y[lo:hi], product(x[lo:hi].contiguous(), weights[w]))
-    assert y[71:100].isnan().all()
+@pytest.mark.parametrize("n,d", [(1, 1), (3, 37), (65, 256), (7, 7168)])
+def test_sum_and_norm_have_the_bits_of_each(random: torch.Generator, n: int, d: int, dtype: torch.dtype) -> None:
+    residual, rows, weight = (draw(random, *shape, dtype=t) for shape, t in
+                              (((n, d), dtype), ((n, d), dtype), ((d,), torch.float32)))  # fmt: skip
+    total, normed = poisoned(n, d, dtype=dtype), poisoned(n, d, dtype=dtype)
+    cuda_rows.add_norm(residual, rows, weight, 1e-6, total, normed)
+    assert torch.equal(total, residual + rows)
+    assert torch.equal(normed, cuda_rows.rms_norm(residual + rows, weight, 1e-6, dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -225,13 +220,15 @@ def test_heads_are_turned_and_written(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("d,hidden,more", [(32, 16, 0), (37, 9, 0), (32, 12, 0), (64, 32, 1100)])
 def test_experts_find_the_rows_of_every_batch_and_slot(
-    random: torch.Generator, dtype: torch.dtype, exact: bool
+    random: torch.Generator, d: int, hidden: int, more: int, dtype: torch.dtype, exact: bool
 ) -> None:
-    """Several arrivals of a layer with empty slots among them: every row meets its own expert."""
-    n_slots, d, hidden = 5, 32, 16
+    """Several arrivals of a layer with empty slots among them: every row meets its own expert, alone or together."""
+    n_slots = 5 + more
     gate_up, down = draw(random, n_slots, 2 * hidden, d, dtype=dtype), draw(random, n_slots, d, hidden, dtype=dtype)
     counts = [(3, 0, 70, 1, 0), (0, 0, 0, 0, 9), (1, 1, 1, 1, 1), (0, 2, 0, 0, 0)]
+    counts = [(*per_slot, *[i % 2] * more) for i, per_slot in enumerate(counts)]
     total = sum(map(sum, counts))
     memory = draw(random, 2 * total, d, dtype=dtype)
     flat, batches, slots, lo = memory.view(-1), [], [], 0
@@ -241,6 +238,7 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
         slots += [slot for slot, rows in enumerate(per_slot) for _ in range(rows)]
         lo += n
     stack = Stack(gate_up, down, exact=exact, scratch=Scratch())
+    products = {}
     for given in (batches, batches[:1], batches[3:]):  # together; few at once
         memory[total:] = torch.nan
         stack(given, flat)
@@ -249,8 +247,36 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
                 gate, up = (gate_up[slot].double() @ memory[i].double()).chunk(2)
                 expected = down[slot].double() @ (F.silu(gate) * up)
                 assert error(memory[total + i], expected) < 4 * CLOSE[dtype]
+                assert torch.equal(memory[total + i], products.setdefault(i, memory[total + i].clone()))
             else:
                 assert memory[total + i].isnan().all()
+
+
+def test_graphs_do_again_what_they_recorded(random: torch.Generator) -> None:
+    """More shapes than are kept, in turns: every result is that of work done there and then."""
+    x, graphs = torch.zeros(64, 40, device="cuda"), Graphs()
+    weight, stream = draw(random, 40, 40), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for turn in range(80):
+            n = 1 + turn % (3 if 20 <= turn < 60 else SHAPES + 2)
+            x.copy_(draw(random, 64, 40))
+            for part in range(2):
+                rows = x[:n]
+                found = graphs.run(n, part, lambda rows=rows, part=part: product(rows, weight) + part)
+                assert torch.equal(found, product(rows, weight) + part), (turn, part)
+
+
+@pytest.mark.parametrize("lengths", [[1], [64, 65, 1, 200], [1] * 16, [3] * 17])
+def test_a_steady_step_is_padded_to_few_shapes(lengths: list[int]) -> None:
+    """Its own rows come first and as they are; padding has a page of its own."""
+    spans = [Span(n - 1, n, [10 * i + j for j in range(4)]) for i, n in enumerate(lengths)]
+    plan, alone, n = plan_step(spans, 4, spare=999), plan_tiles(spans, 4), len(lengths)
+    assert plan.steady and len(plan.positions) % 16 == 0 and plan.pages.shape[1] == 8
+    for name in ("positions", "write_pages", "write_offsets", "tiles", "row_positions"):
+        assert torch.equal(getattr(plan, name)[:n], getattr(alone, name)), name
+    assert torch.equal(plan.pages[:n, : alone.pages.shape[1]], alone.pages)
+    assert (plan.write_pages[n:] == 999).all() and (plan.pages[n:, 0] == 999).all()
+    assert not plan_step([*spans, Span(5, 7, [0])], 4, spare=999).steady
 
 
 LENGTHS = [1, 5, 63, 64, 65, 130, 200]

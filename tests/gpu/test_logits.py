@@ -45,7 +45,7 @@ class Watched(CudaForward):
     async def choose(self, x: torch.Tensor, step: Step) -> tuple[list[int], list[float]]:
         assert isinstance(step, CudaStep)
         (logits,) = await self.engine.fetch(self.network.logits(x))
-        places = zip(step.owners.tolist(), step.host.positions.tolist(), strict=True)
+        places = zip(step.owners.tolist(), step.host.positions[: step.n_tokens].tolist(), strict=True)
         self.kept.update(zip(places, logits, strict=True))
         return await super().choose(x, step)
 

@@ -155,9 +155,7 @@ store_first = _operation(types.void, (_i, _v, _i), lambda b, a, v, n: _masked_wr
 load_half = _operation(_v, (_i,), lambda b, a: _widen(b, _read(b, a, ir.VectorType(_HALF, LANES), 2)))
 load_half_first = _operation(_v, (_i, _i), lambda b, a, n: _widen(b, _masked_read(b, a, n, _HALF, "i16")))
 store_half = _operation(types.void, (_i, _v), lambda b, a, v: _write(b, a, _narrow(b, v), 2))
-store_half_first = _operation(
-    types.void, (_i, _v, _i), lambda b, a, v, n: _masked_write(b, a, _narrow(b, v), n, "i16")
-)
+store_half_first = _operation(types.void, (_i, _v, _i), lambda b, a, v, n: _masked_write(b, a, _narrow(b, v), n, "i16"))
 
 read_float = _operation(_f, (_i,), lambda b, a: _read(b, a, _FLOAT, 4))
 write_float = _operation(types.void, (_i, _f), lambda b, a, v: _write(b, a, v, 4))

@@ -1,0 +1,69 @@
+"""Started under mpirun: a random model as whole jobs, prefill and all of it, on all ranks and on rank 0. Writes JSON.
+
+python whole_job_ranks.py FOLDER NEW_TOKENS DEVICE OUT
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moempi import mpi
+from moempi.cli.measuring import start_mpi
+from moempi.files.init_weights import init_weights
+from moempi.files.inputs import Prompts, write_inputs
+
+WARM_UP = 16  # prompts of a first job, for which kernels are compiled
+
+
+def main() -> None:
+    folder, new_tokens, device, out = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    world = start_mpi(device)
+    from moempi.bench.jobs import Phase, run_job  # which loads MPI
+
+    prompts = [np.array(tokens, dtype=np.int32) for tokens in json.loads((folder / "prompts.json").read_text())]
+    # name: prompts and new tokens
+    jobs = {"warm": (prompts[:WARM_UP], 4), "prefill": (prompts, 1), "whole": (prompts, new_tokens)}
+    if world.rank == 0:
+        init_weights(folder / "config.json", folder / "weights.h5", 1, "bfloat16", alike=True)
+        for name, (some, new) in jobs.items():
+            write_job(folder, name, some, new)
+    mpi.meet(world)
+    found: list[dict[str, Any]] = []
+    # Prefill twice: the first job of a size compiles kernels for it.
+    for ranks in dict.fromkeys((world.size, 1)):
+        part = world.Split(0 if world.rank < ranks else 1, world.rank)
+        for name in ("warm", "prefill", "prefill", "whole"):
+            outcome = None
+            if world.rank < ranks:
+                some, new = jobs[name]
+                phase = Phase(name, len(some), 0, new)
+                fast = ["model.mode=fast", "run.prefill_tokens=4096"] if device == "cuda" else []
+                outcome = run_job(part, folder, phase, [f"run.device={device}", *fast])
+            mpi.meet(world)
+            if world.rank == 0:
+                assert outcome is not None
+                tokens = sum(map(len, some)) if name == "prefill" else outcome.new_tokens
+                told = {"tokens": tokens, "seconds": outcome.seconds, "rate": tokens / outcome.seconds}
+                memory = {"memory_planned": outcome.memory_planned, "memory_peak": outcome.memory_peak}
+                found.append({"ranks": ranks, "job": name, **told, "steps": outcome.steps, **memory})
+                out.write_text(json.dumps(found))
+        part.Free()
+
+
+def write_job(folder: Path, name: str, prompts: list[np.ndarray], new_tokens: int) -> None:
+    """Prompts and job file."""
+    ids = [str(i) for i in range(len(prompts))]
+    write_inputs(folder / f"{name}.h5", Prompts(ids, prompts, None, np.zeros(len(prompts), np.int32)), {})
+    (folder / f"{name}.toml").write_text(
+        f'model.weights = "weights.h5"\ninput.file = "{name}.h5"\noutput.file = "{name}.out.h5"\n'
+        f'generate = {{ max_new_tokens = {new_tokens}, stop_at_eos = false }}\ntrace.level = "off"\n'
+    )
+
+
+if __name__ == "__main__":
+    mpi.guard(main)
