@@ -3,6 +3,8 @@
     python benchmarks/model_speed.py                     # 441 M parameters, 2 ranks on two cores
     python benchmarks/model_speed.py --phases decode --dtypes bfloat16
 
+llama.cpp stands beside them where it is installed: pip install 'xllamacpp>=2026.10' 'gguf>=0.19,<1'.
+
 Prefill: 8 prompts of 256 tokens and one new token each; prompt tokens per second. Decode: 32 prompts of 16 tokens and
 33 new tokens each; new tokens per second, the short prefill included. Otherwise as in tinymoe_decode.py.
 """
@@ -15,12 +17,13 @@ import os
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
-from decode_report import table
+from decode_report import put_into, table
 from tinymoe_decode import DTYPES, HERE, machine, run, say, this_program
 
 from moempi.files.export_weights import export_checkpoint
@@ -64,7 +67,9 @@ def main() -> None:
     results = {"machine": machine(given.cores), "config": json.loads(given.config.read_text()), "runs": runs}
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(results, indent=1) + "\n")
-    print(report(runs))
+    print(report(results))
+    if given.doc:
+        put_into(given.doc, report(results), "model_speed")
 
 
 def _arguments() -> argparse.Namespace:
@@ -76,8 +81,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--phases", nargs="+", default=list(PHASES), choices=list(PHASES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--experts", default="grouped_mm", help="implementation of transformers")
+    parser.add_argument("--systems", nargs="+", default=present(), choices=list(SYSTEMS))
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the raw figures go")
+    parser.add_argument("--doc", type=Path, help="a page whose table is replaced")
     return parser.parse_args()
+
+
+def present() -> list[str]:
+    """The systems that are installed here."""
+    llama = all(map(find_spec, ("xllamacpp", "gguf")))
+    return [system for system in SYSTEMS if llama or system != "llama.cpp"]
 
 
 def write_files(folder: Path, config: Path) -> None:
@@ -94,12 +107,15 @@ def write_files(folder: Path, config: Path) -> None:
 def measure(folder: Path, phase: Phase, dtype: str, given: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
     """One run of each system: its seconds, tokens per second and start-up."""
     found = {}
-    for system, line_of in (("transformers", transformers), ("moempi", moempi)):
+    for system, line_of in SYSTEMS.items():
+        if system not in given.systems:
+            continue
         one = run(line_of(folder, phase, dtype, given))
         rate = phase.tokens / one["seconds"]
         start = one["wall_seconds"] - one["seconds"] - one.get("warm_up_seconds", 0.0)
         say(f"{phase.name} {dtype} {system}: {rate:.0f} tokens/s, start-up {start:.1f} s")
-        found[system] = {"tokens_per_second": rate, "start_seconds": start, "seconds": one["seconds"]}
+        keep = {"seconds": one["seconds"], "other_cores": one["other_cores"]}
+        found[system] = {"tokens_per_second": rate, "start_seconds": start, **keep}
     return list(found.items())
 
 
@@ -133,20 +149,45 @@ def moempi(folder: Path, phase: Phase, dtype: str, given: argparse.Namespace) ->
     return this_program("run", str(job), "-n", str(given.ranks), "--overwrite", "--json")
 
 
-def report(runs: list[dict[str, Any]]) -> str:
-    """Markdown: medians, and how moempi stands to transformers."""
+def llama_cpp(folder: Path, phase: Phase, dtype: str, given: argparse.Namespace) -> list[str]:
+    """Its command line. What it converts, it converts the first time."""
+    program, model = HERE / "llama_cpp_decode.py", folder / "checkpoint"
+    options = {"dtype": dtype, "new-tokens": phase.new_tokens, "threads": given.cores}
+    line = [sys.executable, str(program), str(model), str(folder / f"{phase.name}.h5")]
+    return line + [f"--{name}={value}" for name, value in options.items()]
+
+
+SYSTEMS = {"transformers": transformers, "llama.cpp": llama_cpp, "moempi": moempi}
+
+
+def report(results: dict[str, Any]) -> str:
+    """Markdown: on what, medians with the smallest and largest, and how moempi stands to the others."""
+    runs, m = results["runs"], results["machine"]
+    systems = list(dict.fromkeys(one["system"] for one in runs))
+    others = [system for system in systems if system != "moempi"]
     rows = []
     for phase, dtype in dict.fromkeys((one["phase"], one["dtype"]) for one in runs):
-        of = {
-            system: [one for one in runs if (one["phase"], one["dtype"], one["system"]) == (phase, dtype, system)]
-            for system in ("transformers", "moempi")
-        }
-        rates = {system: median(one["tokens_per_second"] for one in some) for system, some in of.items()}
-        starts = {system: median(one["start_seconds"] for one in some) for system, some in of.items()}
-        ratio = rates["moempi"] / rates["transformers"]
-        cells = [f"{rates[system]:.0f} ({starts[system]:.1f} s)" for system in of]
-        rows.append([phase, dtype, *cells, f"{ratio:.2f} x"])
-    return table(["tokens/s (start-up)", "dtype", "transformers", "moempi", "ratio"], rows)
+        of = {system: rates_of(runs, phase, dtype, system) for system in systems}
+        cells = [f"{median(some):.0f} ({min(some):.0f} to {max(some):.0f})" for some in of.values()]
+        ratios = [f"{median(of['moempi']) / median(of[other]):.2f} x" for other in others]
+        rows.append([f"{phase}, {dtype}", *cells, *ratios])
+    starts = ", ".join(
+        f"{system} {median(one['start_seconds'] for one in runs if one['system'] == system):.1f} s"
+        for system in systems
+    )
+    config, rounds = results["config"], 1 + max(one["round"] for one in runs)
+    about = (
+        f"Medians of {rounds} rounds, {config['num_hidden_layers']} layers of {config['num_experts']} experts; "
+        f"{m['cpu']}, {m['cores_used']} cores for each; torch {m['torch']}, transformers {m['transformers']}; "
+        f"other programs used {median(one['other_cores'] for one in runs):.2f} cores. Start-up apart: {starts}."
+    )
+    return f"{about}\n\n{table(['tokens/s', *systems, *(f'moempi to {other}' for other in others)], rows)}"
+
+
+def rates_of(runs: list[dict[str, Any]], phase: str, dtype: str, system: str) -> list[float]:
+    """Tokens per second of all rounds of a case."""
+    case = phase, dtype, system
+    return [one["tokens_per_second"] for one in runs if (one["phase"], one["dtype"], one["system"]) == case]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from moempi.planning.gpu_memory import ROUND, STEADY
 from moempi.stages import ATTEND, COMBINE, EMBED, HEAD
 
 
-class Lane:
+class StepBuffers:
     """Where the steady steps of a microbatch find everything at the same place each time, so that graphs can.
 
     Args:
@@ -50,7 +50,7 @@ class CudaStep(Step):
 
     turns: Tensor  # [T] int64, sequence + position of every token: which replica takes it
     host: Any  # TilePlan
-    lane: Lane | None  # of a steady step
+    buffers: StepBuffers | None  # of a steady step
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,7 +70,7 @@ class CudaForward(Forward):
     engine: CudaEngine
     tables: dict[int, CudaTable]
     capacity: int
-    lanes: dict[int, Lane] = field(default_factory=dict)
+    buffers: dict[int, StepBuffers] = field(default_factory=dict)
 
     async def __call__(self, step: Step) -> tuple[list[int], list[float]]:
         """Next token and its log-probability, for every sequence in `step.choosing`."""
@@ -81,43 +81,43 @@ class CudaForward(Forward):
         device, plan, n = self.cache.keys.device, step.plan, step.n_tokens
         turns = step.owners + plan.positions[:n]
         tensors = {**plan.tensors(), "tokens": step.tokens, "last": step.last, "turns": turns}
-        lane, words = self.lane_of(step.microbatch) if plan.steady else None, words_of(tensors)
-        memory = lane.room_for_step(words) if lane else torch.empty(words, dtype=torch.int64, device=device)
+        buffers, words = self.buffers_of(step.microbatch) if plan.steady else None, words_of(tensors)
+        memory = buffers.room_for_step(words) if buffers else torch.empty(words, dtype=torch.int64, device=device)
         there = all_to_device(tensors, memory)
         kept = {f.name: getattr(step, f.name) for f in fields(step) if f.name not in ("tokens", "last", "plan")}
         mine = {name: there.pop(name) for name in ("tokens", "last", "turns")}
-        return CudaStep(**kept, **mine, plan=replace(plan, **there), host=plan, lane=lane)  # type: ignore[arg-type]
+        return CudaStep(**kept, **mine, plan=replace(plan, **there), host=plan, buffers=buffers)  # type: ignore[arg-type]
 
-    def lane_of(self, microbatch: int) -> Lane:
+    def buffers_of(self, microbatch: int) -> StepBuffers:
         """Memory of a microbatch's steady steps, made when the first one comes."""
-        if microbatch not in self.lanes:
+        if microbatch not in self.buffers:
             rows, network = min(STEADY, -(-self.capacity // ROUND) * ROUND), self.network
-            self.lanes[microbatch] = Lane(rows, network.config.d_model, network.dtype, self.cache.keys.device)
-        return self.lanes[microbatch]
+            self.buffers[microbatch] = StepBuffers(rows, network.config.d_model, network.dtype, self.cache.keys.device)
+        return self.buffers[microbatch]
 
     async def pass_layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """One layer: rows [T, D] in, rows [T, D] out."""
         assert isinstance(step, CudaStep)
-        if step.lane is None:
+        if step.buffers is None:
             return await super().pass_layer(layer, x, step)
-        lane, n = step.lane, step.n_tokens
-        route = lane.graphs.run(step.shape, layer.number, lambda: self.until_dispatch(layer, step, lane))
+        buffers, n = step.buffers, step.n_tokens
+        route = buffers.graphs.run(step.shape, layer.number, lambda: self.until_dispatch(layer, step, buffers))
         self.lap(ATTEND, layer.number, step, n)
         if route is None:
             return x
         route = Route(route.experts[:n], route.weights[:n])
-        rows = await self.dispatch(layer, lane.hidden[:n], route, step)
-        combine(self.engine, lane.attended[:n], route, rows, out=x)
+        rows = await self.dispatch(layer, buffers.hidden[:n], route, step)
+        combine(self.engine, buffers.attended[:n], route, rows, out=x)
         self.lap(COMBINE, layer.number, step, n)
         return x
 
-    def until_dispatch(self, layer: Layer, step: CudaStep, lane: Lane) -> Route | None:
-        """Attention and gate of a steady step, from `lane.x` into `attended`, `hidden` and the route; padding too.
+    def until_dispatch(self, layer: Layer, step: CudaStep, buffers: StepBuffers) -> Route | None:
+        """Attention and gate of a steady step, from `buffers.x` into `attended`, `hidden` and the route; padding too.
 
-        A dense layer goes from `lane.x` to `lane.x`, and has no route.
+        A dense layer goes from `buffers.x` to `buffers.x`, and has no route.
         """
         n = len(step.plan.positions)
-        x, attended, hidden = lane.x[:n], lane.attended[:n], lane.hidden[:n]
+        x, attended, hidden = buffers.x[:n], buffers.attended[:n], buffers.hidden[:n]
         mixed = self.mix(layer, x, step)
         if layer.dense:
             x.copy_(layer.dense_mlp(layer.close_attention(x, mixed)))
@@ -130,9 +130,9 @@ class CudaForward(Forward):
     def embed(self, step: Step) -> Tensor:
         """Rows [T, D] of the step's tokens."""
         assert isinstance(step, CudaStep)
-        if step.lane is None:
+        if step.buffers is None:
             return super().embed(step)
-        x = torch.index_select(self.network.embedding, 0, step.tokens, out=step.lane.x[: step.n_tokens])
+        x = torch.index_select(self.network.embedding, 0, step.tokens, out=step.buffers.x[: step.n_tokens])
         self.lap(EMBED, -1, step, step.n_tokens)
         return x
 

@@ -140,3 +140,18 @@ def test_a_sites_own_mpi_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPI4PY_LIBMPI", "/site/libmpi.so")
     environ: dict[str, str] = {}
     assert "site's own MPI" in gpu_mpi.prepare(environ) and not environ
+
+
+def test_an_mpi_that_was_not_made_ready_is_not_given_a_gpus_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would end the process; a child's MPI, which is made ready, says nothing of it."""
+    monkeypatch.setattr(gpu_mpi, "embedded", lambda: True)
+    monkeypatch.setattr(gpu_mpi, "_ready", False)
+    monkeypatch.setattr(gpu_mpi, "find_ucx", lambda: None)
+    assert "without the wheel libucx-cu13" in gpu_mpi.why_not_ready()
+    monkeypatch.setattr(gpu_mpi, "find_ucx", lambda: Path("/ucx"))
+    assert "loaded before" in gpu_mpi.why_not_ready()
+    monkeypatch.setattr(gpu_mpi, "_ready", True)
+    assert gpu_mpi.why_not_ready() == ""
+    monkeypatch.setattr(gpu_mpi, "_ready", False)
+    monkeypatch.setattr(gpu_mpi, "embedded", lambda: False)
+    assert gpu_mpi.why_not_ready() == ""
