@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moempi.cli.groups import Group
+from moempi.cli.results import plural
 from moempi.cli.specialists import specialists
 from moempi.errors import JobError
 
@@ -70,9 +71,12 @@ def _display(found: dict[str, Any], wanted: tuple[str, ...]) -> None:
     from rich.console import Console
 
     from moempi.cli import trace_tables as tables
+    from moempi.cli.trace_words import conclusion
 
     console = Console(highlight=False)
     console.print(_title(found), style="bold", markup=False, soft_wrap=True)
+    for sentence in conclusion(found):
+        console.print(sentence, markup=False, soft_wrap=True)
     for section in (section for section in SECTIONS if section in wanted):
         for shown in getattr(tables, section)(found):
             # A title of its own is not wrapped to the width of its table.
@@ -87,7 +91,8 @@ def _title(found: dict[str, Any]) -> str:
     mode = f", mode {found['mode']}" if found["mode"] else ""
     error = found["clock_error_ns"]
     clocks = "clock errors not known" if error is None else f"clocks agree within {error / 1e3:.1f} us"
-    return f"{found['file']}: level {found['level']}{mode}, {found['n_ranks']} ranks, {clocks}{state}"
+    ranks = plural(found["n_ranks"], "rank")
+    return f"{found['file']}: level {found['level']}{mode}, {ranks}, {clocks}{state}"
 
 
 trace.add_command(specialists)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from moempi.errors import DataError
@@ -79,8 +80,8 @@ def config_from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConf
         top_k=top_k,
         dense_layers=_dense_layers(raw, n_layers),
         normalize_gate=bool(raw.get("norm_topk_prob", False)),
-        rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
+        rope_theta=_Reader({**raw, **rope}, where).number("rope_theta", default=10000.0),
+        norm_eps=get.number("rms_norm_eps", default=1e-6),
         tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
         max_positions=get.positive("max_position_embeddings"),
         eos_tokens=eos_tokens(raw),
@@ -110,6 +111,12 @@ class _Reader:
         if default is None:
             raise DataError(f"{self.where}: {' or '.join(names)} is missing")
         return default
+
+    def number(self, name: str, default: float) -> float:
+        value = self.raw.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < inf:
+            raise DataError(f"{self.where}: {name} = {value!r}; expected a number above 0")
+        return float(value)
 
 
 def _dense_layers(raw: dict[str, Any], n_layers: int) -> tuple[int, ...]:

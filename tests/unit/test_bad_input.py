@@ -139,6 +139,9 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "the config has more layers": (config(num_hidden_layers=4), r"/model/layers holds 3 layers; the config says 4"),
     "K over E": (config(num_experts_per_tok=9), r"w\.h5: /config: num_experts_per_tok is K = 9, .* E = 5 experts"),
     "K of zero": (config(num_experts_per_tok=0), r"/config: num_experts_per_tok = 0; expected a whole number"),
+    "no angle": (config(rope_theta=float("nan")), r"/config: rope_theta = nan; expected a number above 0"),
+    "epsilon of zero": (config(rms_norm_eps=0), r"/config: rms_norm_eps = 0; expected a number above 0"),
+    "epsilon in words": (config(rms_norm_eps="small"), r"/config: rms_norm_eps = .small.; expected a number above 0"),
     "another model": (config(model_type="llama"), r"/config: model_type = 'llama'; only 'qwen3_moe' is supported"),
     # inputs
     "no inputs": (lambda f: (f / "i.h5").unlink(), r"`input\.file` = .*i\.h5: there is no such file; .*moempi inputs"),

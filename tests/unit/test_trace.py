@@ -20,6 +20,7 @@ from click.testing import CliRunner
 from moempi import analysis
 from moempi import recorder as recorders
 from moempi.cli.trace import trace as command
+from moempi.cli.trace_words import conclusion
 from moempi.errors import DataError
 from moempi.files import schema, trace_columns, trace_counters, trace_writer
 from moempi.files.parts import parts_folder
@@ -486,3 +487,20 @@ def test_summary_prints_tables_and_json(tmp_path: Path) -> None:
     text = shown(path)
     for word in ("attend", "0.333", "60.0%", "3.00", "dispatch", "within 0.0 us", "mode exact"):
         assert word in text
+
+
+def test_the_words_above_a_traces_tables() -> None:
+    """Shares of all ranks by their wall time, and what stands out; nothing is said of what is not known."""
+    rank = {"experts_computed": 0.5, "experts_had_rows": 0.75, "exposed_share": 0.2, "idle_share": 0.0,
+            "barrier_share": 0.1, "wall_seconds": 1.0}  # fmt: skip
+    other = {**rank, "experts_computed": 0.1, "exposed_share": 0.0, "barrier_share": 0.0, "wall_seconds": 3.0}
+    waits = [{"rank": 0, "peer": 0, "exposed_seconds": 0.1}, {"rank": 0, "peer": 1, "exposed_seconds": 0.3}]
+    load = [{"layer": n, "busiest_expert": n + 4, "max_over_mean": n + 0.5, "tokens": 9} for n in range(3)]
+    found = {"ranks": [rank, other], "waits": waits, "load": [*load, {"layer": 3, "tokens": 0}]}
+    assert conclusion(found) == [
+        "Experts computed in 20% of the ranks' time, and had rows in 75%.",
+        "8% went by with nothing to do but wait: 5% for answers, 2% for all ranks to meet; rank 1 was waited for most.",
+        "The busiest expert, 6 of layer 2, got 2.5 times the mean of its layer.",
+    ]
+    nothing = dict.fromkeys(rank) | {"wall_seconds": 0.0}
+    assert conclusion({"ranks": [nothing], "waits": [], "load": []}) == []

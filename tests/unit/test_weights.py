@@ -127,7 +127,7 @@ DAMAGED: dict[str, tuple[Callable[[h5py.File], object], str]] = {
     "extra": (lambda file: file["model"].create_dataset("x", data=[1]), r"/model/x is not a tensor of the model"),
     "layers": (lambda file: other_config(file, num_hidden_layers=4), "3 layers; the config says 4"),
     "experts": (lambda file: other_config(file, num_experts=6), r"gate has shape \[5, 10\]; the config says \[6, 10\]"),
-    "config": (lambda file: other_config(file, rope_theta="x"), "/config: a key has a value of another type"),
+    "config": (lambda file: other_config(file, mlp_only_layers=1), "/config: a key has a value of another type"),
     "no config": (lambda file: file.pop("config"), "has no `config`"),
     "no model": (lambda file: file.pop("model"), "holds 0 layers"),
     "version": (lambda file: file.attrs.modify("version", 2), "version 2 of moempi-weights"),
