@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     given = parser.parse_args()
-    model = given.checkpoint.with_name(f"{given.checkpoint.name}-{given.dtype}.gguf")
+    model = gguf_of(given.checkpoint, given.dtype)
     if not model.exists():
         write_gguf(given.checkpoint, model, given.dtype)
     prompts = [row.tolist() for row in read_inputs(given.prompts).tokens]
@@ -58,6 +58,11 @@ def main() -> None:
     seconds = time.perf_counter() - ready
     told = {"seconds": seconds, "load_seconds": loaded - begin, "warm_up_seconds": ready - loaded}
     print(json.dumps({**told, "new_tokens": len(prompts) * given.new_tokens}))
+
+
+def gguf_of(checkpoint: Path, dtype: str) -> Path:
+    """Where a checkpoint lies as GGUF."""
+    return checkpoint.with_name(f"{checkpoint.name}-{dtype}.gguf")
 
 
 def start(model: Path, prompts: list[list[int]], new_tokens: int, threads: int) -> Any:

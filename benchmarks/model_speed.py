@@ -53,10 +53,12 @@ PHASES = {phase.name: phase for phase in (Phase("prefill", 8, 256, 1), Phase("de
 
 def main() -> None:
     given = _arguments()
+    if "moempi" not in given.systems:
+        raise SystemExit("--systems: moempi is what the others are compared with")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
     with tempfile.TemporaryDirectory(prefix="moempi-bench-") as name:
         folder = Path(name)
-        write_files(folder, given.config)
+        write_files(folder, given)
         runs = [
             {"round": r, "phase": phase, "dtype": dtype, "system": system, **found}
             for r in range(given.runs)
@@ -93,10 +95,16 @@ def present() -> list[str]:
     return [system for system in SYSTEMS if llama or system != "llama.cpp"]
 
 
-def write_files(folder: Path, config: Path) -> None:
-    """Random weights, the same as a checkpoint, and prompts."""
+def write_files(folder: Path, given: argparse.Namespace) -> None:
+    """Random weights, the same as a checkpoint and for llama.cpp, and prompts."""
+    config: Path = given.config
     init_weights(config, folder / "weights.h5", 1, "bfloat16", 1.0, 0.02)
     export_checkpoint(folder / "weights.h5", folder / "checkpoint")
+    if "llama.cpp" in given.systems:
+        from llama_cpp_decode import gguf_of, write_gguf
+
+        for dtype in given.dtypes:
+            write_gguf(folder / "checkpoint", gguf_of(folder / "checkpoint", dtype), dtype)
     random, vocab = np.random.default_rng(1), json.loads(config.read_text())["vocab_size"]
     for phase in PHASES.values():
         tokens = list(random.integers(1, vocab, (phase.prompts, phase.length), dtype=np.int32))
@@ -150,7 +158,7 @@ def moempi(folder: Path, phase: Phase, dtype: str, given: argparse.Namespace) ->
 
 
 def llama_cpp(folder: Path, phase: Phase, dtype: str, given: argparse.Namespace) -> list[str]:
-    """Its command line. What it converts, it converts the first time."""
+    """Its command line."""
     program, model = HERE / "llama_cpp_decode.py", folder / "checkpoint"
     options = {"dtype": dtype, "new-tokens": phase.new_tokens, "threads": given.cores}
     line = [sys.executable, str(program), str(model), str(folder / f"{phase.name}.h5")]

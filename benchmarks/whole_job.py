@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -97,19 +98,24 @@ def copies(folder: Path, n: int, deadline: float, small: bool) -> dict[str, Any]
         _start(line, {**os.environ, "CUDA_VISIBLE_DEVICES": "" if small else str(i)}) for i, line in enumerate(lines)
     ]
     errors = []
-    for one, line in zip(running, lines, strict=True):
+
+    def finish(one: subprocess.Popen[str], line: list[str]) -> None:
         try:
             _finish(one, line, deadline)
         except (RuntimeError, subprocess.TimeoutExpired) as caught:
             errors.append(str(caught)[-800:])
-    found = [json.loads(out.read_text()) for out in outs if out.exists()]
+
+    # At once, so that none is held up by what it says.
+    with ThreadPoolExecutor(n) as pool:
+        list(pool.map(finish, running, lines))
+    found = [json.loads(out.read_text()) if out.exists() else {} for out in outs]
     return {"ways": together(found), "copies": found, "errors": errors}
 
 
 def together(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Tokens of all copies by the seconds of the slowest, for every way that all have managed; else an error."""
     ways: dict[str, Any] = {}
-    for way in found[0] if found else ():
+    for way in dict.fromkeys(way for one in found for way in one):
         ran = [one.get(way, {"error": "not reached"}) for one in found]
         failed = [one["error"] for one in ran if "error" in one]
         ways[way] = {"error": failed[0]} if failed else sum(r["tokens"] for r in ran) / max(r["seconds"] for r in ran)

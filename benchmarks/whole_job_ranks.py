@@ -51,7 +51,9 @@ def main() -> None:
                 told = {"tokens": tokens, "seconds": outcome.seconds, "rate": tokens / outcome.seconds}
                 memory = {"memory_planned": outcome.memory_planned, "memory_peak": outcome.memory_peak}
                 found.append({"ranks": ranks, "job": name, **told, "steps": outcome.steps, **memory})
-                out.write_text(json.dumps(found))
+                temporary = out.with_suffix(".tmp")
+                temporary.write_text(json.dumps(found))
+                temporary.replace(out)
         part.Free()
 
 

@@ -56,7 +56,14 @@ def main() -> None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             if int(os.environ.get("RANK", "0")) == 0:
-                out.write_text(json.dumps(found))
+                keep(out, found)
+
+
+def keep(out: Path, found: dict[str, Any]) -> None:
+    """Write what there is; whoever ends this process leaves a whole file."""
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found))
+    temporary.replace(out)
 
 
 def too_long(*_: Any) -> None:

@@ -8,9 +8,9 @@ import torch
 
 from moempi.build import Rank, load_slots
 from moempi.device.cuda import Cuda
-from moempi.device.cuda_attention import plan_step
 from moempi.device.cuda_experts import Layer, Pieces, Scratch, Stack
 from moempi.device.cuda_memory import MessageMemory, block_bytes
+from moempi.device.tile_plan import plan_step
 from moempi.exchange.arrivals_cuda import CudaExperts
 from moempi.exchange.dispatch_cuda import on_gpu
 from moempi.exchange.engine import Channels, Engine, Limits
@@ -59,7 +59,7 @@ def build_rank(
         layers = load_layers(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
         network = Network(config, device, weights.tensor, shape.dtype)
     heads = config.n_kv_heads, config.head_dim
-    cache = KVCache(config.n_layers, *heads, kv_tokens, shape.dtype, device.device, spare_pages=1)
+    cache = KVCache(config.n_layers, *heads, kv_tokens, shape.dtype, device.device, spare_pages=int(kv_tokens > 0))
     chosen = engine_type if issubclass(engine_type, CudaEngine) else CudaEngine
     engine = chosen(
         Channels(dispatch=world.Dup(), answers=world.Dup(), barrier=world.Dup()),

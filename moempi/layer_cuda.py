@@ -40,7 +40,7 @@ class StepBuffers:
     def room_for_step(self, words: int) -> Tensor:
         """int64 [>= words] for what a step tells the kernels; the same memory each time, while it is large enough."""
         if len(self.step) < words:
-            self.step = self.step.new_empty(2 * words)
+            self.step, self.graphs = self.step.new_empty(2 * words), Graphs()
         return self.step
 
 

@@ -16,13 +16,16 @@ def _experts(found: Found) -> str:
     computed, could = (_share(found, name) for name in ("experts_computed", "experts_had_rows"))
     if computed is None or could is None:
         return ""
+    if _on_gpus(found):
+        return f"Experts had rows, or were computing, in {could:.0%} of the ranks' time."
     return f"Experts computed in {computed:.0%} of the ranks' time, and had rows in {could:.0%}."
 
 
 def _idle(found: Found) -> str:
     shares = {"answers": "exposed_share", "work": "idle_share", "all ranks to meet": "barrier_share"}
     known = {what: _share(found, name) or 0.0 for what, name in shares.items()}
-    if sum(known.values()) < 0.005:
+    # The host of a GPU waits for that as well, while the GPU computes.
+    if sum(known.values()) < 0.005 or _on_gpus(found):
         return ""
     parts = [f"{share:.0%} for {what}" for what, share in known.items() if share >= 0.005]
     exposed: dict[int, float] = {}
@@ -42,6 +45,10 @@ def _busiest(found: Found) -> str:
         f"The busiest expert, {row['busiest_expert']} of layer {row['layer']}, got {row['max_over_mean']:.1f} times "
         f"the mean of its layer."
     )
+
+
+def _on_gpus(found: Found) -> bool:
+    return str(found["run"].get("device", "")).startswith("cuda")
 
 
 def _share(found: Found, name: str) -> float | None:

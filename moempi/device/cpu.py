@@ -10,7 +10,7 @@ call costs, and the kernels of `cpu_rows` take its place; so they do for all tha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor
 from moempi.device import cpu_rows
 from moempi.device.cpu_rows import SmallLinear, is_small
 from moempi.errors import MoempiError
-from moempi.model.attention import AttentionPlan, Span, plan_attention
 from moempi.model.gate import Route, greedy
 
 TILE_ROWS = 16  # rows of a tile, and the multiple that features are padded to, where products are not packed
@@ -151,10 +150,6 @@ class Cpu:
     def has_small_experts(self, hidden: int, d_model: int) -> bool:
         """Whether an expert of so many hidden units is one kernel (`SmallExpert`)."""
         return is_small(2 * hidden, d_model)
-
-    def plan_attention(self, spans: Sequence[Span], group: int) -> AttentionPlan:
-        """Which pages the new positions of several sequences meet."""
-        return plan_attention(spans, group)
 
     def normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """RMS norm of x [R, D], rounded to `dtype`."""

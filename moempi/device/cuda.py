@@ -7,7 +7,7 @@ both. TF32 is off in both.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 
 import torch
@@ -15,10 +15,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moempi.device import cuda_rows
-from moempi.device.cuda_attention import TilePlan, plan_tiles
 from moempi.device.cuda_products import TILES, product
 from moempi.errors import MoempiError
-from moempi.model.attention import Span
 from moempi.model.gate import Route
 from moempi.planning.gpu_memory import Use
 
@@ -118,10 +116,6 @@ class Cuda:
     def place(self, tensor: Tensor) -> Tensor:
         """A tensor on this GPU, to stay."""
         return tensor.to(self.device)
-
-    def plan_attention(self, spans: Sequence[Span], group: int) -> TilePlan:
-        """Which query rows meet which pages; on the host."""
-        return plan_tiles(spans, group)
 
     def normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """RMS norm of x [..., D], rounded to `dtype`."""

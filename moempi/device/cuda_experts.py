@@ -119,7 +119,7 @@ class Stack:
         sizes = given.size, counts.size + 1, 4 * tiles, 4 * tiles
         table = torch.empty(sum(sizes), dtype=torch.int64, device=memory.device)
         at, between, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(4))
-        put(given, at)
+        put(given, table)
         steps = d // in_d, width // in_width, hidden // in_hidden
         tile_tables(at, between, inward, outward, (len(batches), n_slots), tile.rows, steps)
         scratch = self._scratch.take(rows * (width + hidden), self.gate_up)

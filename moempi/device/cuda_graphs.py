@@ -9,20 +9,22 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from moempi.planning.gpu_memory import GRAPH_SHAPES
+
 T = TypeVar("T")
-SHAPES = 12  # whose graphs are kept; each takes memory of the driver
 
 
 class Graphs:
     """Recordings of work, by shape and part; the shapes that were used last are kept."""
 
     def __init__(self) -> None:
-        self._shapes: OrderedDict[Hashable, dict[Hashable, tuple[torch.cuda.CUDAGraph, Any] | None]] = OrderedDict()
-        self._pool = torch.cuda.graph_pool_handle()
+        self._shapes: OrderedDict[Hashable, dict[Hashable, _Recording | None]] = OrderedDict()
+        self._pool: Any = None
 
     def run(self, shape: Hashable, part: Hashable, work: Callable[[], T]) -> T:
         """What `work` returns, on the current stream: it runs the first time, is recorded the second, then replayed.
@@ -31,20 +33,43 @@ class Graphs:
         """
         parts = self._shapes.setdefault(shape, {})
         self._shapes.move_to_end(shape)
+        while len(self._shapes) > GRAPH_SHAPES:
+            self._shapes.popitem(last=False)
         if part not in parts:
-            while len(self._shapes) > SHAPES:
-                self._shapes.popitem(last=False)
             parts[part] = None
             return work()
-        recorded = parts[part]
-        if recorded is None:
-            graph = torch.cuda.CUDAGraph()
-            # Others may allocate meanwhile: MPI, the tracer's thread.
-            graph.capture_begin(self._pool, capture_error_mode="relaxed")
-            try:
-                result = work()
-            finally:
+        recorded = parts[part] or self._record(work)
+        parts[part] = recorded
+        if recorded.graph is None:
+            return work()
+        recorded.graph.replay()
+        result: T = recorded.result
+        return result
+
+    def _record(self, work: Callable[[], Any]) -> _Recording:
+        if not any(one and one.graph for parts in self._shapes.values() for one in parts.values()):
+            # A pool of memory ends with its last recording.
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Others may allocate meanwhile: MPI, the tracer's thread.
+        graph.capture_begin(self._pool, capture_error_mode="relaxed")
+        try:
+            result = work()
+        except torch.OutOfMemoryError:
+            # While it records, torch gives nothing back of what it keeps in store: this work is done without.
+            with suppress(RuntimeError):
                 graph.capture_end()
-            recorded = parts[part] = graph, result
-        recorded[0].replay()
-        return recorded[1]
+            return _Recording(None, None)
+        except BaseException:
+            with suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        return _Recording(graph, result)
+
+
+class _Recording(NamedTuple):
+    """A graph and what the recorded work returned; no graph where there was no memory for it."""
+
+    graph: torch.cuda.CUDAGraph | None
+    result: Any

@@ -14,6 +14,8 @@ from moempi.device.cuda_clock import Clock
 from moempi.device.cuda_launch import current_stream
 from moempi.errors import MoempiError
 
+_TAKEN_ALONG = 2**16  # bytes that the driver copies, from any memory of the host, while it is called
+
 
 def all_to_device(tensors: Mapping[str, Tensor], memory: Tensor) -> dict[str, Tensor]:
     """Copies of small host tensors of at most two dimensions, int32 or int64, in one transfer; the host does not wait.
@@ -50,13 +52,13 @@ def _places(tensors: Mapping[str, Tensor]) -> tuple[list[int], int]:
     return begins, n
 
 
-def put(array: np.ndarray, address: int) -> None:
-    """Copy a small contiguous array to an address on the GPU, in the order of the current stream.
-
-    The driver takes up to 64 KiB along as it is called, from any memory of the host, which may then be used again.
-    """
-    source = array.__array_interface__["data"][0]
-    runtime.memcpyAsync(address, source, array.nbytes, runtime.memcpyHostToDevice, current_stream())
+def put(array: np.ndarray, target: Tensor) -> None:
+    """Copy an array to the begin of a flat tensor on the GPU, of the same dtype, in the order of the current stream."""
+    if array.nbytes <= _TAKEN_ALONG:
+        source = array.__array_interface__["data"][0]
+        runtime.memcpyAsync(target.data_ptr(), source, array.nbytes, runtime.memcpyHostToDevice, current_stream())
+    else:
+        target[: array.size].copy_(torch.from_numpy(array.reshape(-1)).pin_memory(), non_blocking=True)
 
 
 def to_host(tensor: Tensor) -> Tensor:

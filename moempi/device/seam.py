@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moempi.model.attention import Span
 from moempi.model.gate import Route
 from moempi.planning.gpu_memory import Use
 
@@ -51,9 +50,6 @@ class Device(Protocol):
 
     def place(self, tensor: Tensor) -> Tensor:
         """A tensor on this device, to stay."""
-
-    def plan_attention(self, spans: Sequence[Span], group: int) -> Any:
-        """Which query rows meet which keys, for attention on this device."""
 
     def normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """RMS norm of x [..., D], rounded to `dtype`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moempi import mpi
-from moempi.errors import JobError
 from moempi.exchange import gpu_mpi, gpu_trial
 from moempi.exchange.topology import Topology
 
@@ -26,19 +25,14 @@ def choose_way(topology: Topology, option: str) -> Way:
 
     The first rank of every node lets two processes of its own send each other bytes; all ranks take the memory of
     GPUs only if that works on every node. On a site's own MPI a child may not be allowed to start a second job: it
-    then ends with an error, and rows are staged.
-
-    Raises:
-        AgreedError: `on`, but this process's MPI was not made ready for it.
+    then ends with an error, and rows are staged. They are as well where this process's MPI was loaded before it could
+    be made ready; `on` insists.
     """
     if topology.world.size == 1:
         return Way(False, "one rank sends no messages")
-    if option == "off":
-        return Way(True, "exchange.gpu_aware = off")
+    if option != "auto":
+        return Way(option == "off", f"exchange.gpu_aware = {option}")
     mine = gpu_mpi.why_not_ready()
-    if option == "on":
-        mpi.agree(topology.world, JobError(f"exchange.gpu_aware = 'on': {mine}") if mine else None)
-        return Way(False, "exchange.gpu_aware = on")
     if not mine and topology.place_on_node[0] == 0:
         mine = gpu_trial.start(2)[1]
     mpi.meet(topology.world)  # sleeping, while the trials run

@@ -17,6 +17,7 @@ CONTEXT = 704 * 2**20
 _SEGMENTS = 48 * 2**20
 STEADY = 512  # sequences, up to which a step of one token each is launched as graphs
 ROUND = 16  # to a multiple of which their number is padded
+GRAPH_SHAPES = 12  # of a microbatch whose graphs are kept
 CALL_ROWS = 65536  # most rows of an expert call, and of a message: they are computed whole
 _FLOAT32 = 4
 
@@ -41,7 +42,7 @@ def step_bytes(
     call = _call_bytes(config, dtype_bytes, n_ranks * microbatches, t, arrival_budget + resident * config.top_k)
     stage = _stage_bytes(config, dtype_bytes)
     # Steps of one token of each sequence have memory of their own, and their graphs a stage of theirs.
-    steady = microbatches * min(STEADY, -(-capacity // ROUND) * ROUND) * (3 * d * dtype_bytes + stage)
+    steady = microbatches * min(STEADY, -(-capacity // ROUND) * ROUND) * (3 * d * dtype_bytes + stage + _routes(config))
     return resident + t * stage + steady + call + logits + _tables(config) + _SEGMENTS
 
 
@@ -53,6 +54,11 @@ def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     dense = 3 * config.dense_hidden * dtype_bytes if config.dense_layers else 0
     gate = (d + config.n_experts) * _FLOAT32 if config.moe_layers else 0
     return max(attention, dense, gate) + 2 * d * dtype_bytes
+
+
+def _routes(config: ModelConfig) -> int:
+    """Bytes per token of the routes that graphs keep: experts and weights, of every layer and shape."""
+    return GRAPH_SHAPES * len(config.moe_layers) * config.top_k * 2 * _FLOAT32
 
 
 def _call_bytes(config: ModelConfig, dtype_bytes: int, n_microbatches: int, tokens: int, room: int) -> int:

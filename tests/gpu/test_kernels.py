@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random as python_random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,16 +16,19 @@ if not torch.cuda.is_available():
 
 from moempi.device import cuda_rows
 from moempi.device.cuda import Cuda
-from moempi.device.cuda_attention import attend, plan_step, plan_tiles
+from moempi.device.cuda_attention import attend
 from moempi.device.cuda_clock import Clock
 from moempi.device.cuda_experts import Batch, Scratch, Stack
-from moempi.device.cuda_graphs import SHAPES, Graphs
+from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import TILES, product
+from moempi.device.cuda_transfer import all_to_device, words_of
+from moempi.device.tile_plan import TilePlan, plan_tiles
 from moempi.model import gate
 from moempi.model.attention import Span
 from moempi.model.cache import KVCache, pages_for
 from moempi.model.ops import Rotary, rotate
+from moempi.planning.gpu_memory import GRAPH_SHAPES
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Relative to the norm of the reference: one rounding to the dtype, and sums in float32.
@@ -37,6 +41,11 @@ def draw(random: torch.Generator, *shape: int, dtype: torch.dtype = torch.float3
 
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+
+
+def on_gpu(plan: TilePlan) -> TilePlan:
+    tensors = plan.tensors()
+    return replace(plan, **all_to_device(tensors, torch.empty(words_of(tensors), dtype=torch.int64, device="cuda")))
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -206,7 +215,7 @@ def test_heads_are_turned_and_written(
     """The bits of norm, rotation and cache one after the other; nothing else of the cache is touched."""
     rows, norm = draw(random, n, (heads + 2 * kv) * dim, dtype=dtype), draw(random, heads + kv, dim)
     rotary, spans = Rotary(dim, 200, 1e4, Tensor.cuda), [Span(60, 60 + n, [2, 0])]
-    plan = plan_tiles(spans, heads // kv).on(torch.device("cuda"))
+    plan = on_gpu(plan_tiles(spans, heads // kv))
     caches = [KVCache(2, kv, dim, 3 * 64, dtype, torch.device("cuda")) for _ in range(2)]
     both, values = rows.view(n, -1, dim).split([heads + kv, kv], dim=1)
     normed = cuda_rows.rms_norm(both, norm, 1e-6)
@@ -253,30 +262,20 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
 
 
 def test_graphs_do_again_what_they_recorded(random: torch.Generator) -> None:
-    """More shapes than are kept, in turns: every result is that of work done there and then."""
+    """More shapes than are kept, in turns: every result is that of work done there and then.
+
+    Between turns 60 and 80 the last recording goes, and with it their memory; then some are made anew.
+    """
     x, graphs = torch.zeros(64, 40, device="cuda"), Graphs()
     weight, stream = draw(random, 40, 40), torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        for turn in range(80):
-            n = 1 + turn % (3 if 20 <= turn < 60 else SHAPES + 2)
+        for turn in range(100):
+            n = 1 + turn % (3 if (turn % 80 >= 20 and turn % 80 < 60) or turn >= 80 else GRAPH_SHAPES + 2)
             x.copy_(draw(random, 64, 40))
             for part in range(2):
                 rows = x[:n]
                 found = graphs.run(n, part, lambda rows=rows, part=part: product(rows, weight) + part)
                 assert torch.equal(found, product(rows, weight) + part), (turn, part)
-
-
-@pytest.mark.parametrize("lengths", [[1], [64, 65, 1, 200], [1] * 16, [3] * 17])
-def test_a_steady_step_is_padded_to_few_shapes(lengths: list[int]) -> None:
-    """Its own rows come first and as they are; padding has a page of its own."""
-    spans = [Span(n - 1, n, [10 * i + j for j in range(4)]) for i, n in enumerate(lengths)]
-    plan, alone, n = plan_step(spans, 4, spare=999), plan_tiles(spans, 4), len(lengths)
-    assert plan.steady and len(plan.positions) % 16 == 0 and plan.pages.shape[1] == 8
-    for name in ("positions", "write_pages", "write_offsets", "tiles", "row_positions"):
-        assert torch.equal(getattr(plan, name)[:n], getattr(alone, name)), name
-    assert torch.equal(plan.pages[:n, : alone.pages.shape[1]], alone.pages)
-    assert (plan.write_pages[n:] == 999).all() and (plan.pages[n:, 0] == 999).all()
-    assert not plan_step([*spans, Span(5, 7, [0])], 4, spare=999).steady
 
 
 LENGTHS = [1, 5, 63, 64, 65, 130, 200]
@@ -295,7 +294,7 @@ def attention(data: list, dtype: torch.dtype, chunk: Callable[[], int]) -> list[
         spans = [Span(done[i], done[i] + n, pages[i]) for i, n in taking]
         taken = [tuple(x[s.begin : s.end] for x in data[i]) for (i, _), s in zip(taking, spans, strict=True)]
         queries, keys, values = (torch.cat(parts) for parts in zip(*taken, strict=True))
-        plan = plan_tiles(spans, heads // kv).on(torch.device("cuda"))
+        plan = on_gpu(plan_tiles(spans, heads // kv))
         cache.write(0, plan.write_pages, plan.write_offsets, keys, values)
         found = attend(queries, cache.keys[0], cache.values[0], plan).split([n for _, n in taking])
         for (i, n), part in zip(taking, found, strict=True):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moempi.device import cuda_binding
 from moempi.device.arena import ALIGNMENT, Arena, aligned
 from moempi.device.cuda_binding import gpu_index, installed_cupys, refuse_allocators, why_not
+from moempi.device.cuda_graphs import Graphs
+from moempi.device.tile_plan import plan_step, plan_tiles
 from moempi.errors import JobError
 from moempi.exchange import gpu_mpi
+from moempi.exchange.waiting import FEW_ROWS, LONGEST, Held, Waiting
+from moempi.model.attention import Span
+from moempi.planning.gpu_memory import GRAPH_SHAPES
 
 
 def test_blocks_are_taken_first_fit_and_join_again() -> None:
@@ -155,3 +162,116 @@ def test_an_mpi_that_was_not_made_ready_is_not_given_a_gpus_memory(monkeypatch: 
     monkeypatch.setattr(gpu_mpi, "_ready", False)
     monkeypatch.setattr(gpu_mpi, "embedded", lambda: False)
     assert gpu_mpi.why_not_ready() == ""
+
+
+@pytest.mark.parametrize("lengths", [[1], [64, 65, 1, 200], [1] * 16, [3] * 17])
+def test_a_steady_step_is_padded_to_few_shapes(lengths: list[int]) -> None:
+    """Its own rows come first and as they are; padding has a page of its own."""
+    spans = [Span(n - 1, n, [10 * i + j for j in range(4)]) for i, n in enumerate(lengths)]
+    plan, alone, n = plan_step(spans, 4, spare=999), plan_tiles(spans, 4), len(lengths)
+    assert plan.steady and len(plan.positions) % 16 == 0 and plan.pages.shape[1] == 8
+    for name in ("positions", "write_pages", "write_offsets", "tiles", "row_positions"):
+        assert torch.equal(getattr(plan, name)[:n], getattr(alone, name)), name
+    assert torch.equal(plan.pages[:n, : alone.pages.shape[1]], alone.pages)
+    assert (plan.write_pages[n:] == 999).all() and (plan.pages[n:, 0] == 999).all()
+    assert not plan_step([*spans, Span(5, 7, [0])], 4, spare=999).steady
+
+
+class FakeGraph:
+    """A graph whose memory ends with the last of its pool, as torch's does."""
+
+    living: Counter[int] = Counter()
+    used: set[int] = set()
+
+    def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+        assert pool not in self.used or self.living[pool], "the memory of this pool has gone"
+        self.pool = pool
+        self.used.add(pool)
+        self.living[pool] += 1
+
+    def capture_end(self) -> None:
+        pass
+
+    def replay(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        self.living[self.pool] -= 1
+
+
+def test_recordings_outlive_those_that_were_pushed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run, record, replay; a shape that others pushed out begins again, also where no recording is left."""
+    pools = iter(range(100))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    graphs, ran = Graphs(), Counter[int]()
+
+    def run(shape: int) -> int:
+        return graphs.run(shape, "part", lambda: ran.update([shape]) or shape)
+
+    assert [run(0) for _ in range(4)] == [0] * 4 and ran[0] == 2, "the first time and the recording"
+    for shape in range(1, GRAPH_SHAPES + 1):
+        run(shape)
+    for _ in range(3):
+        assert run(0) == 0
+    assert ran[0] == 4 and not FakeGraph.living[0] and FakeGraph.living[1] == 1
+
+
+def test_work_without_memory_for_its_recording_runs_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: -1)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    graphs, ran = Graphs(), Counter[str]()
+
+    def work() -> int:
+        ran["times"] += 1
+        if ran["times"] == 2:
+            raise torch.OutOfMemoryError("in the recording")
+        return ran["times"]
+
+    assert [graphs.run("shape", "part", work) for _ in range(4)] == [1, 3, 4, 5]
+
+
+HELD = {0: Held(slots=4, nbytes=12_000_000), 1: Held(slots=4, nbytes=12_000_000), 2: Held(slots=1, nbytes=0)}
+READ = 4_000  # ns in which the weights of four slots are read; of two: half of it
+
+
+def test_few_rows_wait_for_who_has_sent_of_late() -> None:
+    waiting = Waiting(HELD)
+    waiting.add(0, home=0, rows=3, slots=4, now=0)
+    assert waiting and waiting.choose(0) == 0, "nobody else is expected yet"
+    waiting.add(0, home=1, rows=3, slots=4, now=10)
+    waiting.take(0, {}, now=10)
+    assert not waiting
+    waiting.add(1, home=0, rows=3, slots=4, now=100)
+    assert waiting.choose(100) is None and waiting.choose(99 + READ) is None and waiting.choose(100 + READ) == 1
+    waiting.add(1, home=1, rows=3, slots=4, now=200)
+    assert waiting.choose(200) == 1, "all are here"
+    waiting.take(1, {}, now=200)
+    waiting.add(0, home=1, rows=1, slots=2, now=300)
+    assert waiting.choose(299 + READ // 2) is None and waiting.choose(300 + READ // 2) == 0
+    waiting.take(0, {}, now=300 + READ)
+    waiting.add(1, home=1, rows=1, slots=1, now=9000)
+    assert waiting.choose(9000) == 1, "home 0 did not come, and is not waited for again"
+    waiting.add(2, home=0, rows=1, slots=1, now=9000)
+    waiting.take(1, {}, now=9000)
+    assert waiting.choose(9000) == 2, "where no weights are counted, nothing waits"
+
+
+def test_rows_of_homes_in_other_layers_are_not_waited_for() -> None:
+    waiting = Waiting(HELD)
+    for home, layer in ((0, 0), (1, 1)):
+        waiting.add(layer, home, rows=1, slots=1, now=0)
+    assert waiting.choose(0) == 0, "the first to come"
+
+
+def test_many_rows_go_first_but_not_for_ever() -> None:
+    waiting = Waiting(HELD)
+    waiting.add(0, home=0, rows=5, slots=4, now=0)
+    waiting.add(1, home=1, rows=4 * FEW_ROWS, slots=4, now=1)
+    assert waiting.choose(1) == 1
+    assert waiting.choose(LONGEST + 1) == 0
+    waiting.take(1, {1: 7}, now=2)
+    assert waiting.choose(2) == 1, "what a call had no room for is the first of all"
+    waiting.take(1, {}, now=3)
+    waiting.add(1, home=0, rows=5, slots=4, now=4)
+    assert waiting.choose(4) == 0, "who sends many rows is not waited for"

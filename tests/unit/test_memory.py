@@ -35,8 +35,9 @@ STEP = {"capacity": 3, "kv_tokens": 65, "max_step_tokens": 10, "microbatches": 2
 #   norms 3 x (2 x 8 + 2 x 6) + 8 = 92, gates 2 x 5 x 8 = 80; 172 x 4 bytes = 688.
 SHARED = 6704
 SLOT = 3 * 8 * 12 * 2
-# 65 positions are two pages of 64: keys and values 2 x 3 layers x 2 heads x 6 x 2 bytes x 128.
-KV = 18432
+# 65 positions are two pages of 64; a head of 6 is stored as 16. Keys and values
+# 2 x 3 layers x 2 heads x 16 x 2 bytes x 128.
+KV = 49152
 # A microbatch sends 10 x 2 rows of 8 and gets as many back: 2 x 20 x 8 x 2 bytes.
 ROWS = 640
 
@@ -121,6 +122,12 @@ def test_shared_and_experts_are_the_parameters_of_the_demo_model() -> None:
     assert memory.shared_bytes(tiny, 4) + 80 * memory.slot_bytes(tiny, 4) == 4 * 4616192
 
 
+def test_a_home_with_a_gpu_has_a_page_for_padding() -> None:
+    placement = place(SMALL, 2, PlacementOptions(replicas=0), 1)
+    plans = memory.plan_memory(SMALL, 2, placement, **STEP, gpu=True, homes=[0])
+    assert [plan.kv_bytes for plan in plans] == [KV + KV // 2, 0]
+
+
 def test_a_model_without_experts() -> None:
     dense = replace(SMALL, dense_layers=(0, 1, 2))
     plans = memory.plan_memory(dense, 2, place(dense, 2, PlacementOptions(), 1), **STEP)
@@ -166,7 +173,7 @@ def test_the_limit_names_the_fullest_rank_and_its_parts() -> None:
     memory.check_limit(plans, plans[0].total)
     message = (
         f"memory.limit = {memory.show_bytes(plans[1].total)}: rank 0 needs {memory.show_bytes(plans[0].total)} "
-        "(shared weights 6.5 KiB, 6 slots 3.4 KiB, KV cache 18.0 KiB, messages 6.1 KiB, activations "
+        "(shared weights 6.5 KiB, 6 slots 3.4 KiB, KV cache 48.0 KiB, messages 6.1 KiB, activations "
     )
     with pytest.raises(FitError, match=re.escape(message) + ".* 1 of 2 ranks"):
         memory.check_limit(plans, plans[1].total)
@@ -289,7 +296,9 @@ def test_activations_on_a_gpu_by_hand() -> None:
     call = 3 * 12 * 40 * 2
     logits = 3 * 50 * (2 + 4)
     tables = 2 * 64 * 6 * 4
-    assert steps == resident + 10 * stage + call + logits + tables + 48 * 2**20
+    # Steady steps: 16 rows of each microbatch, three of its own, a stage, and the routes of 12 shapes and 2 layers.
+    steady = 2 * 16 * (3 * 8 * 2 + stage + 12 * 2 * 2 * 8)
+    assert steps == resident + 10 * stage + steady + call + logits + tables + 48 * 2**20
 
 
 def test_what_ranks_took_of_their_gpus() -> None:

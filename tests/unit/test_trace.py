@@ -496,11 +496,15 @@ def test_the_words_above_a_traces_tables() -> None:
     other = {**rank, "experts_computed": 0.1, "exposed_share": 0.0, "barrier_share": 0.0, "wall_seconds": 3.0}
     waits = [{"rank": 0, "peer": 0, "exposed_seconds": 0.1}, {"rank": 0, "peer": 1, "exposed_seconds": 0.3}]
     load = [{"layer": n, "busiest_expert": n + 4, "max_over_mean": n + 0.5, "tokens": 9} for n in range(3)]
-    found = {"ranks": [rank, other], "waits": waits, "load": [*load, {"layer": 3, "tokens": 0}]}
+    found = {"ranks": [rank, other], "waits": waits, "load": [*load, {"layer": 3, "tokens": 0}], "run": {}}
     assert conclusion(found) == [
         "Experts computed in 20% of the ranks' time, and had rows in 75%.",
         "8% went by with nothing to do but wait: 5% for answers, 2% for all ranks to meet; rank 1 was waited for most.",
         "The busiest expert, 6 of layer 2, got 2.5 times the mean of its layer.",
     ]
     nothing = dict.fromkeys(rank) | {"wall_seconds": 0.0}
-    assert conclusion({"ranks": [nothing], "waits": [], "load": []}) == []
+    assert conclusion({"ranks": [nothing], "waits": [], "load": [], "run": {}}) == []
+    # The stages of a GPU are its host's.
+    assert conclusion(found | {"run": {"device": "cuda (a GPU)"}, "load": []}) == [
+        "Experts had rows, or were computing, in 75% of the ranks' time."
+    ]
