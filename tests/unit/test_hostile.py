@@ -19,6 +19,7 @@ from moempi.errors import DataError, JobError
 from moempi.files import check_in_child as child
 from moempi.files.check_in_child import check_in_child
 from moempi.files.completions import Completion
+from moempi.files.init_weights import init_weights
 from moempi.files.inputs import Prompts, read_inputs, write_inputs
 from moempi.files.output_parts import write_part
 from moempi.files.outputs import Origin, read_outputs
@@ -197,3 +198,21 @@ def test_a_child_that_crashes_hangs_or_grows_is_one_message(
     with pytest.raises(DataError, match=said):
         check_in_child([inputs], seconds=3)
     assert time.monotonic() - began < child.SECONDS
+
+
+def test_large_tensors_are_only_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HDF5 turns bfloat16 into float32 number by number: a large model's would take longer than the child may."""
+    config = {"model_type": "qwen3_moe", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "vocab_size": 30, "intermediate_size": 16, "moe_intermediate_size": 16, "num_experts": 2,
+              "num_experts_per_tok": 1, "max_position_embeddings": 8}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    init_weights(tmp_path / "config.json", tmp_path / "w.h5", 1, "bfloat16")
+    read, get = [], h5py.Dataset.__getitem__
+
+    def noting(dataset: h5py.Dataset, key: object) -> object:
+        read.append(dataset.name)
+        return get(dataset, key)
+
+    monkeypatch.setattr(h5py.Dataset, "__getitem__", noting)
+    child.walk(tmp_path / "w.h5")
+    assert "/config" in read and not [name for name in read if name.startswith("/model/")]
