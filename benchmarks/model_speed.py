@@ -53,6 +53,9 @@ PHASES = {phase.name: phase for phase in (Phase("prefill", 8, 256, 1), Phase("de
 
 def main() -> None:
     given = _arguments()
+    if given.render:
+        tell(json.loads(given.render.read_text()), given.doc)
+        return
     if "moempi" not in given.systems:
         raise SystemExit("--systems: moempi is what the others are compared with")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
@@ -69,9 +72,14 @@ def main() -> None:
     results = {"machine": machine(given.cores), "config": json.loads(given.config.read_text()), "runs": runs}
     given.json.parent.mkdir(parents=True, exist_ok=True)
     given.json.write_text(json.dumps(results, indent=1) + "\n")
+    tell(results, given.doc)
+
+
+def tell(results: dict[str, Any], page: Path | None) -> None:
+    """Print the table, and put it into a page."""
     print(report(results))
-    if given.doc:
-        put_into(given.doc, report(results), "model_speed")
+    if page:
+        put_into(page, report(results), "model_speed")
 
 
 def _arguments() -> argparse.Namespace:
@@ -86,6 +94,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", default=present(), choices=list(SYSTEMS))
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the raw figures go")
     parser.add_argument("--doc", type=Path, help="a page whose table is replaced")
+    parser.add_argument("--render", type=Path, help="measure nothing, show these raw figures")
     return parser.parse_args()
 
 
