@@ -66,7 +66,7 @@ def main() -> None:
     results = json.loads(given.render.read_text()) if given.render else measure(given)
     print(render(results))
     if given.doc:
-        put_into(given.doc, render(results), "cluster_routes")
+        put_into(given.doc, render(results), given.mark)
 
 
 def _arguments() -> argparse.Namespace:
@@ -77,6 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--loads", nargs="+", default=["prefill", "decode", "wide"], choices=LOADS)
     parser.add_argument("--routes", nargs="+", default=list(ROUTES), choices=ROUTES)
     parser.add_argument("--sequences", type=int, default=32)
+    parser.add_argument("--mark", default="cluster_routes", help="which of the page's marked places --doc fills")
     return parser.parse_args()
 
 
