@@ -138,10 +138,9 @@ def write_gguf(checkpoint: Path, out: Path, dtype: str) -> None:
         add("output.weight", read("lm_head.weight"))
     for layer in range(config["num_hidden_layers"]):
         begin, to = f"model.layers.{layer}.", f"blk.{layer}."
-        for theirs, name in NORMS.items():
-            add(f"{to}{name}.weight", read(f"{begin}{theirs}.weight"), "float32")
-        for theirs, name in PRODUCTS.items():
-            add(f"{to}{name}.weight", read(f"{begin}{theirs}.weight"))
+        for names, kind in ((NORMS, "float32"), (PRODUCTS, dtype)):
+            for theirs, name in names.items():
+                add(f"{to}{name}.weight", read(f"{begin}{theirs}.weight"), kind)
         for theirs, name in EXPERTS.items():
             all_of_them = [read(f"{begin}mlp.experts.{e}.{theirs}.weight") for e in range(config["num_experts"])]
             add(f"{to}{name}.weight", torch.stack(all_of_them))

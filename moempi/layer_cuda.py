@@ -20,7 +20,7 @@ from moempi.exchange.engine_cuda import CudaEngine
 from moempi.layer import Forward
 from moempi.model.gate import Route
 from moempi.model.network import Layer
-from moempi.planning.gpu_memory import ROUND, STEADY
+from moempi.planning.gpu_memory import steady_rows
 from moempi.stages import ATTEND, COMBINE, EMBED, HEAD
 
 
@@ -91,7 +91,7 @@ class CudaForward(Forward):
     def buffers_of(self, microbatch: int) -> StepBuffers:
         """Memory of a microbatch's steady steps, made when the first one comes."""
         if microbatch not in self.buffers:
-            rows, network = min(STEADY, -(-self.capacity // ROUND) * ROUND), self.network
+            rows, network = steady_rows(self.capacity), self.network
             self.buffers[microbatch] = StepBuffers(rows, network.config.d_model, network.dtype, self.cache.keys.device)
         return self.buffers[microbatch]
 

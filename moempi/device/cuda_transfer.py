@@ -23,6 +23,9 @@ def all_to_device(tensors: Mapping[str, Tensor], memory: Tensor) -> dict[str, Te
     Args:
         memory: int64 [>= `words_of(tensors)`] on the GPU, in which the copies will lie, in their order; they are
             there once the current stream has come to here.
+
+    Returns:
+        By name, views of `memory` with the shapes and dtypes of the tensors.
     """
     begins, n = _places(tensors)
     host = torch.empty(n, dtype=torch.int64, pin_memory=True)

@@ -240,6 +240,8 @@ class Engine:
             os.sched_yield()
         elif self.requests.bell.sleep(self._nap()):
             self._services_due = 0.0  # it may have been for them
+            # The look that takes a message out of the network is not the one that finds it.
+            self._empty_polls = self._sleeps = 0
         else:
             self._sleeps += 1
         # The look at the network that found nothing is part of the rest.

@@ -42,8 +42,13 @@ def step_bytes(
     call = _call_bytes(config, dtype_bytes, n_ranks * microbatches, t, arrival_budget + resident * config.top_k)
     stage = _stage_bytes(config, dtype_bytes)
     # Steps of one token of each sequence have memory of their own, and their graphs a stage of theirs.
-    steady = microbatches * min(STEADY, -(-capacity // ROUND) * ROUND) * (3 * d * dtype_bytes + stage + _routes(config))
+    steady = microbatches * steady_rows(capacity) * (3 * d * dtype_bytes + stage + _routes(config))
     return resident + t * stage + steady + call + logits + _tables(config) + _SEGMENTS
+
+
+def steady_rows(capacity: int) -> int:
+    """Rows that the steady steps of a microbatch have memory for, where it holds up to `capacity` sequences."""
+    return min(STEADY, -(-capacity // ROUND) * ROUND)
 
 
 def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:

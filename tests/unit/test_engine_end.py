@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from mpi4py import MPI
 
 from moempi.errors import StallError
 from moempi.exchange.arrivals import Experts
-from moempi.exchange.engine import Channels, Engine, Limits
+from moempi.exchange.engine import EMPTY_POLLS, Channels, Engine, Limits
 from moempi.exchange.plan import Tags
 from moempi.recorder import Recorder
 
@@ -28,3 +30,20 @@ def test_a_request_that_is_never_completed_ends_a_rank_that_has_nothing_else_to_
     nobody.Cancel()
     nobody.Wait()
     comm.Free()
+
+
+def test_a_rank_that_was_rung_for_looks_more_than_once_before_it_sleeps_again() -> None:
+    """The look that takes a message out of the network is not the one that finds it: a lone one cost 20 ms a layer."""
+    slept: list[float] = []
+    bell = SimpleNamespace(sleep=lambda seconds: slept.append(seconds) or True)
+    rank = SimpleNamespace(
+        _empty_polls=EMPTY_POLLS, _sleeps=3, _looked=1.0, _empty_since=0.0, _services_due=9.0, _unanswered={},
+        _meeting=None, _limits=SimpleNamespace(spin=0.0), _nap=lambda: 0.02,
+        requests=SimpleNamespace(bell=bell), recorder=SimpleNamespace(rest=lambda *_: None),
+    )  # fmt: skip
+    for _ in range(1 + EMPTY_POLLS):
+        Engine._rest(rank)  # type: ignore[arg-type]
+    assert slept == [0.02] and rank._services_due == 0.0
+    Engine._rest(rank)  # type: ignore[arg-type]
+    assert len(slept) == 2
+

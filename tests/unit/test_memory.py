@@ -301,6 +301,10 @@ def test_activations_on_a_gpu_by_hand() -> None:
     assert steps == resident + 10 * stage + steady + call + logits + tables + 48 * 2**20
 
 
+def test_steady_steps_have_whole_rounds_of_rows_and_so_many_at_most() -> None:
+    assert [gpu_memory.steady_rows(n) for n in (1, 16, 17, 512, 513, 5000)] == [16, 16, 32, 512, 512, 512]
+
+
 def test_what_ranks_took_of_their_gpus() -> None:
     alone = gpu_memory.Use("n0 0", used=900, reserved=300, peak=400)
     assert gpu_memory.peaks([alone]) == [1000]
