@@ -103,6 +103,8 @@ def products() -> Finding:
         processor = torch.backends.cpu.get_cpu_capability()
     except (ImportError, OSError, MoempiError) as error:
         return Finding("products", WRONG, str(error), "install a build of torch that fits this processor")
+    if device.products == "kernels":
+        return Finding("products", FINE, f"moempi's own kernels multiply ({processor})")
     if device.products == "packed":
         return Finding("products", FINE, f"packed oneDNN products keep a row's bits ({processor})")
     if device.products == "pieces":

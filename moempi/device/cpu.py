@@ -1,11 +1,11 @@
 """The CPU as a device: the products that exact mode stands on, and the test that they are what it needs.
 
 A result must not depend on the layout, so the bits of a row may depend neither on how many rows travel
-with it, nor on its place among them, nor on the number of threads. oneDNN products with packed weights
-have this property for two rows and more, on some processors as long as the rows are few (with the tile instructions of
-AMX a long batch is summed in another order); `F.linear` has not. The operators are private to torch: only
-`_pack` and `_packed_product` here name them. Where the weight is small a product of these libraries costs what its
-call costs, and the kernels of `cpu_rows` take its place; so they do for all that is not a product.
+with it, nor on its place among them, nor on the number of threads. The kernels of `cpu_rows` have this property by how
+they are written; they take all products where the processor has the instructions that they are fast with, and elsewhere
+those of small weights and all that is not a product. oneDNN products with packed weights have it for two rows and more,
+on some processors as long as the rows are few (with the tile instructions of AMX a long batch is summed in another
+order); `F.linear` has not. The operators are private to torch: only `_pack` and `_packed_product` here name them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moempi.device import cpu_rows
-from moempi.device.cpu_rows import SmallLinear, is_small
+from moempi.device.cpu_rows import SmallLinear, WideLinear, is_small
+from moempi.device.kernels.compiled import has_wide_product
 from moempi.errors import MoempiError
 from moempi.model.gate import Route, greedy
 
 TILE_ROWS = 16  # rows of a tile, and the multiple that features are padded to, where products are not packed
 PACK_ROWS = 16  # the row count that oneDNN chooses its blocking for; part of the bits
 PIECE_ROWS = 32  # most rows of a packed product where longer batches change its bits
-# Kinds of products, the fastest first: packed, packed in pieces of PIECE_ROWS, padded tiles.
-PRODUCTS = ("packed", "pieces", "tiled")
+# Kinds of large products, the fastest first: of kernels, packed, packed in pieces of PIECE_ROWS, padded tiles.
+PRODUCTS = ("kernels", "packed", "pieces", "tiled")
 SELF_TEST_ROWS = (1, 2, 3, 5, 8, 17, 33, 48, 64, 67, 130, 257, 512, 640)
 
 
@@ -35,8 +36,7 @@ class Linear:
 
     Args:
         weight: [O, I], float32 or bfloat16; packed, so that the caller can drop it.
-        kind: one of PRODUCTS; packed and pieces: oneDNN with packed weights; tiled: padded `F.linear` on tiles of 16
-            rows.
+        kind: of a library; packed and pieces: oneDNN with packed weights; tiled: padded `F.linear` on tiles of 16 rows.
     """
 
     def __init__(self, weight: Tensor, kind: str = "packed"):
@@ -106,6 +106,16 @@ def _up(n: int) -> int:
     return -(-n // TILE_ROWS) * TILE_ROWS
 
 
+Product = Linear | SmallLinear | WideLinear
+
+
+def product_with(weight: Tensor, kind: str) -> Product:
+    """A product with `weight` [O, I], "small" or of a kind of PRODUCTS."""
+    if kind == "small":
+        return SmallLinear(weight)
+    return WideLinear(weight) if kind == "kernels" else Linear(weight, kind)
+
+
 class Cpu:
     """Products on the CPU, and whether they passed their self-test.
 
@@ -119,7 +129,8 @@ class Cpu:
 
     def __init__(self, threads: int = 1):
         self.threads = threads
-        self.products = PRODUCTS[0]  # the kind of all large ones; the bits depend on it
+        has_kernels = has_wide_product(False) and has_wide_product(True)
+        self.products = PRODUCTS[0 if has_kernels else 1]  # the kind of all large ones; the bits depend on it
         torch.set_num_threads(threads)
 
     def describe(self) -> str:
@@ -141,11 +152,9 @@ class Cpu:
         """
         return greedy(logits)
 
-    def linear(self, weight: Tensor) -> Linear | SmallLinear:
-        """A product with `weight` [O, I]: the kernels' own where it is small, else of the kind that the test chose."""
-        if is_small(*weight.shape):
-            return SmallLinear(weight)
-        return Linear(weight, self.products)
+    def linear(self, weight: Tensor) -> Product:
+        """A product with `weight` [O, I]: of the kind that the test chose where it is large."""
+        return product_with(weight, "small" if is_small(*weight.shape) else self.products)
 
     def has_small_experts(self, hidden: int, d_model: int) -> bool:
         """Whether an expert of so many hidden units is one kernel (`SmallExpert`)."""
@@ -189,6 +198,8 @@ class Cpu:
 
 
 def _all_hold(shapes: list[tuple[int, int, torch.dtype]], kind: str, threads: tuple[int, ...]) -> bool:
+    if kind == "kernels" and not all(has_wide_product(dtype == torch.bfloat16) for *_, dtype in shapes):
+        return False
     try:
         return all(row_is_independent(shape, kind, threads) for shape in shapes)
     except (RuntimeError, AttributeError, NotImplementedError):
@@ -202,12 +213,12 @@ def row_is_independent(shape: tuple[int, int, torch.dtype], kind: str, threads: 
     Many rows are compared, because rounding to bfloat16 hides most of what another order of summation changes.
 
     Args:
-        kind: "small" (the kernels' own), or one of PRODUCTS.
+        kind: "small", or one of PRODUCTS.
     """
     outputs, inputs, dtype = shape
     random = torch.Generator().manual_seed(outputs * 1000003 + inputs)
     weight = torch.randn(outputs, inputs, generator=random).to(dtype)
-    product = SmallLinear(weight) if kind == "small" else Linear(weight, kind)
+    product = product_with(weight, kind)
     rows = torch.randn(SELF_TEST_ROWS[-1], inputs, generator=random).to(dtype)
     torch.set_num_threads(1)
     expected = torch.cat([product(tile) for tile in rows.split(TILE_ROWS)])

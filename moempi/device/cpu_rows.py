@@ -1,13 +1,15 @@
 """The CPU's kernels on tensors: what they do to addresses, with the memory it needs.
 
-A row is what a token is at a place in the network; tensors are contiguous. Nothing here is split among threads: the
-bits of a row depend on the row alone, and on nothing of how a call was made.
+A row is what a token is at a place in the network; tensors are contiguous. The bits of a row depend on the row alone,
+and on nothing of how a call was made; threads share nothing but the outputs of large products.
 """
 
 from __future__ import annotations
 
 from array import array
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +21,10 @@ from moempi.model.gate import Route
 
 LANES = 16
 BLOCK = 4  # rows that a kernel takes at a time
-SMALL = 2**17  # weights of a product, up to which it is the kernels' own: larger ones are bound by reading them
+SMALL = 2**17  # weights of a product that fits a core's cache
+PANEL = 64  # outputs that lie together in a large one
+TILE = 64  # rows that a kernel takes through such a panel
+SHARED = 2**18  # weights of a product, up to which one thread is faster than several
 
 
 def kernels_for(dtype: torch.dtype) -> Kernels:
@@ -28,7 +33,7 @@ def kernels_for(dtype: torch.dtype) -> Kernels:
 
 
 def is_small(outputs: int, inputs: int) -> bool:
-    """Whether a product with a weight [O, I] is the kernels' own. The weight's shape alone decides, never the rows."""
+    """Whether a weight [O, I] fits a core's cache. Its shape alone decides who multiplies, never the rows."""
     return outputs * inputs <= SMALL
 
 
@@ -85,6 +90,57 @@ class SmallLinear:
             scratch(self._scratch),
         )
         return out
+
+
+class WideLinear:
+    """`y = x @ weight.T` in float32, rounded once, for weights that no cache holds; torch's threads share the outputs.
+
+    Args:
+        weight: [O, I], float32 or bfloat16, of a kind that there is a `wide_product` of; packed, so that the caller
+            can drop it.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.shape, self.dtype = (weight.shape[0], weight.shape[1]), weight.dtype
+        self._panels = pack_wide_panels(weight)
+        self._weight, self._n_panels = self._panels.data_ptr(), self._panels.shape[0]
+        self._threads = self._n_panels if weight.numel() > SHARED else 1  # at most
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[R, I] -> [R, O] in the weight's dtype; `residual` [R, O] is added to it."""
+        x = x.to(self.dtype).contiguous()
+        n, (outputs, inputs) = x.shape[0], self.shape
+        out = torch.empty((n, outputs), dtype=self.dtype)
+        threads = min(torch.get_num_threads(), self._threads)
+        room = TILE * (inputs + 1 + PANEL)
+        memory, kernel = scratch(threads * room), kernels_for(self.dtype).wide_product
+        calls = [
+            (x.data_ptr(), n, inputs, self._weight, outputs, first, last, out.data_ptr(), memory + 4 * room * thread)
+            for thread, (first, last) in enumerate(shares(self._n_panels, threads))
+        ]
+        others = [_pool().submit(kernel, *call) for call in calls[1:]]
+        kernel(*calls[0])
+        wait(others)
+        return out if residual is None else residual + out
+
+
+def pack_wide_panels(weight: Tensor) -> Tensor:
+    """[O, I] -> [O / 64, I, 64], or [O / 64, I / 2, 64, 2] of bfloat16: pairs of inputs; zero padded."""
+    (outputs, inputs), pair = weight.shape, 2 if weight.dtype == torch.bfloat16 else 1
+    wide = weight.new_zeros(-(-outputs // PANEL) * PANEL, -(-inputs // pair) * pair)
+    wide[:outputs, :inputs] = weight
+    return wide.view(-1, PANEL, wide.shape[1] // pair, pair).transpose(1, 2).contiguous()
+
+
+def shares(panels: int, threads: int) -> list[tuple[int, int]]:
+    """[first, last) of the panels that each thread computes."""
+    return list(pairwise(panels * thread // threads for thread in range(threads + 1)))
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads beside the one that calls, made when they are first wanted; kernels let go of the interpreter."""
+    return ThreadPoolExecutor(thread_name_prefix="moempi-products")
 
 
 class SmallExpert:

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from moempi.device import cpu, cpu_rows
-from moempi.device.cpu import PIECE_ROWS, PRODUCTS, Cpu, Linear, padded_rows, row_is_independent
-from moempi.device.cpu_rows import SmallLinear, is_small
+from moempi.device.cpu import PIECE_ROWS, PRODUCTS, Cpu, Linear, padded_rows, product_with, row_is_independent
+from moempi.device.cpu_rows import SmallLinear, WideLinear, is_small, shares
 from moempi.device.kernels import compiled
-from moempi.device.kernels.compiled import kernels
+from moempi.device.kernels.compiled import has_wide_product, kernels
 from moempi.errors import MoempiError
 
-SHAPES = [(5, 7), (16, 128), (1, 1), (33, 17), (128, 64)]  # outputs, inputs
+SHAPES = [(5, 7), (16, 128), (1, 1), (33, 17), (128, 64), (200, 65)]  # outputs, inputs
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -40,15 +40,23 @@ def no_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu_rows, "SMALL", 0)
 
 
+@pytest.fixture
+def no_wide_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor without the instructions for large products."""
+    monkeypatch.setattr(cpu, "has_wide_product", lambda half: False)
+
+
 @pytest.mark.parametrize("kind", ["small", *PRODUCTS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("outputs,inputs", SHAPES)
 def test_products_of_a_row_see_only_that_row(outputs: int, inputs: int, dtype: torch.dtype, kind: str) -> None:
     if kind in ("packed", "pieces") and not packs(dtype):
         pytest.skip(f"this processor has no packed products of {dtype}; tiled ones take their place, and are tested")
+    if kind == "kernels" and not has_wide_product(dtype == torch.bfloat16):
+        pytest.skip(f"this processor has no instructions for large products of {dtype}; oneDNN's take their place")
     random = torch.Generator().manual_seed(outputs)
     weight = torch.randn(outputs, inputs, generator=random).to(dtype)
-    product = SmallLinear(weight) if kind == "small" else Linear(weight, kind)
+    product = product_with(weight, kind)
     row = torch.randn(inputs, generator=random).to(dtype)
     expected = product(row.unsqueeze(0))[0]
     assert product(row.expand(3, -1).contiguous()).is_contiguous(), "kernels read rows without gaps"
@@ -75,7 +83,10 @@ def test_rows_are_padded_to_a_few_counts() -> None:
 
 def test_the_weight_alone_decides_who_multiplies() -> None:
     device = Cpu(1)
+    device.take_products("kernels")
     assert isinstance(device.linear(torch.zeros(1024, 128)), SmallLinear)
+    assert isinstance(device.linear(torch.zeros(1025, 128)), WideLinear)
+    device.take_products("packed")
     assert isinstance(device.linear(torch.zeros(1025, 128)), Linear)
     assert is_small(2, 2**16) and not is_small(3, 2**16)
 
@@ -87,7 +98,33 @@ def test_a_small_product_adds_to_the_residual_before_it_rounds(dtype: torch.dtyp
     assert torch.allclose(SmallLinear(weight)(x, residual).float(), expected.float(), rtol=1e-2, atol=1e-5)
 
 
-def test_packed_products_are_chosen_where_they_hold(no_small_ones: None) -> None:
+def test_kernels_multiply_where_the_processor_has_their_instructions(no_small_ones: None) -> None:
+    device = Cpu(1)
+    device.choose_products([(5, 7, torch.float32)])
+    assert (device.products == "kernels") == has_wide_product(False)
+    device.choose_products([(5, 7, torch.float32), (16, 8, torch.bfloat16)])
+    assert (device.products == "kernels") == (has_wide_product(False) and has_wide_product(True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads_share_the_outputs_of_a_large_product(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not has_wide_product(dtype == torch.bfloat16):
+        pytest.skip(f"this processor has no instructions for large products of {dtype}; oneDNN's take their place")
+    x, weight, residual = (torch.randn(*shape).to(dtype) for shape in ((70, 65), (200, 65), (70, 200)))
+    alone = WideLinear(weight)(x, residual)
+    monkeypatch.setattr(cpu_rows, "SHARED", 0)
+    for threads in (2, 3, 9):
+        torch.set_num_threads(threads)
+        assert torch.equal(WideLinear(weight)(x, residual), alone)
+    assert torch.equal(WideLinear(weight)(x[::2], residual[::2]), alone[::2])
+
+
+def test_shares_of_threads_are_all_panels() -> None:
+    assert shares(4, 1) == [(0, 4)]
+    assert shares(7, 3) == [(0, 2), (2, 4), (4, 7)]
+
+
+def test_packed_products_are_chosen_where_they_hold(no_small_ones: None, no_wide_ones: None) -> None:
     device = Cpu(1)
     device.choose_products([(5, 7, torch.float32)])
     assert device.products == "packed"
@@ -95,7 +132,9 @@ def test_packed_products_are_chosen_where_they_hold(no_small_ones: None) -> None
     assert device.products == ("packed" if packs(torch.bfloat16) else "tiled")
 
 
-def test_pieces_where_long_batches_change_bits(no_small_ones: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_where_long_batches_change_bits(
+    no_small_ones: None, no_wide_ones: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def dependent(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return (x.double() @ weight.double().T).float() + (len(x) > PIECE_ROWS)
 
@@ -124,7 +163,7 @@ def test_the_self_test_sees_a_single_value_that_depends_on_the_row_count(
 
 @pytest.mark.parametrize("fault", ["missing", "dependent"])
 def test_tiles_on_one_thread_where_packed_products_fail(
-    no_small_ones: None, monkeypatch: pytest.MonkeyPatch, fault: str
+    no_small_ones: None, no_wide_ones: None, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     def missing(weight: torch.Tensor) -> torch.Tensor:
         raise AttributeError("no such operator")

@@ -25,6 +25,7 @@ import llvmlite.binding as llvm
 _PARAMETERS = {
     "norm": "iiiifi",
     "product": "i" * 8,
+    "wide_product": "i" * 9,
     "experts": "i" * 6,
     "swiglu": "i" * 4,
     "turn_heads": "i" * 16 + "ff",
@@ -45,6 +46,7 @@ class Kernels:
 
     norm: Callable[..., None]
     product: Callable[..., None]
+    wide_product: Callable[..., None]
     experts: Callable[..., None]
     swiglu: Callable[..., None]
     turn_heads: Callable[..., None]
@@ -52,7 +54,7 @@ class Kernels:
     choose_experts: Callable[..., None]
     combine: Callable[..., None]
 
-    def __init__(self, code: bytes):
+    def __init__(self, code: bytes, half: bool):
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         abort = ctypes.cast(ctypes.CDLL(None).abort, ctypes.c_void_p).value
@@ -63,7 +65,7 @@ class Kernels:
         self._engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
         self._engine.add_object_file(llvm.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        for name, parameters in _PARAMETERS.items():
+        for name, parameters in _parameters(half).items():
             kind = ctypes.CFUNCTYPE(None, *(_ctypes[p] for p in parameters))
             setattr(self, name, kind(self._engine.get_function_address(name)))
 
@@ -71,7 +73,19 @@ class Kernels:
 @lru_cache(maxsize=2)
 def kernels(half: bool) -> Kernels:
     """The kernels for bfloat16 rows (`half`) or float32 rows; compiled first where this machine has not done so."""
-    return Kernels(_object_code(half))
+    return Kernels(_object_code(half), half)
+
+
+def has_wide_product(half: bool) -> bool:
+    """Whether there is a `wide_product` of E, and no library is faster: AMX multiplies bfloat16 where there is that."""
+    features = llvm.get_host_cpu_features()
+    if half:
+        return features.get("avx512bf16", False) and not features.get("amx-bf16", False)
+    return features.get("avx512f", False)
+
+
+def _parameters(half: bool) -> dict[str, str]:
+    return {name: kinds for name, kinds in _PARAMETERS.items() if name != "wide_product" or has_wide_product(half)}
 
 
 def _object_code(half: bool) -> bytes:
@@ -125,13 +139,13 @@ def compile_kernels(half: bool) -> bytes:
     # numba takes a fifth of a second to import, which later runs do without.
     from numba import cfunc, types
 
-    from moempi.device.kernels import attention, elements, products, rows
+    from moempi.device.kernels import attention, elements, products, rows, wide
 
     kinds = {"i": types.int64, "f": types.float32}
-    builders: dict[str, Any] = vars(attention) | vars(products) | vars(rows)
+    builders: dict[str, Any] = vars(attention) | vars(products) | vars(rows) | vars(wide)
     e = elements.elements(half)
     module = llvm.parse_assembly("")
-    for name, parameters in _PARAMETERS.items():
+    for name, parameters in _parameters(half).items():
         kernel = builders[f"build_{name}"](e)
         compiled: Any = cfunc(types.void(*(kinds[p] for p in parameters)), error_model="numpy")(kernel)
         text = compiled._library.get_llvm_str().replace(compiled._wrapper_name, name)

@@ -107,6 +107,25 @@ def _widen(builder: ir.IRBuilder, halves: Any) -> Any:
     return builder.bitcast(builder.shl(builder.zext(halves, ints), shift), floats)
 
 
+class _Bfloat(ir.types.Type):
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self) -> int:
+        return hash(_Bfloat)
+
+
+def _dot_pairs(builder: ir.IRBuilder, x: Any, y: Any, total: Any) -> Any:
+    pairs = ir.VectorType(_Bfloat(), 2 * LANES)
+    values = [total, builder.bitcast(x, pairs), builder.bitcast(y, pairs)]
+    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _VECTOR, values)
+
+
 def _constant(value: int) -> Any:
     return ir.Constant(_INTS, [value] * LANES)
 
@@ -170,6 +189,7 @@ subtract = _operation(_v, (_v, _v), lambda b, x, y: b.fsub(x, y))
 multiply = _operation(_v, (_v, _v), lambda b, x, y: b.fmul(x, y))
 divide = _operation(_v, (_v, _v), lambda b, x, y: b.fdiv(x, y))
 fused = _operation(_v, (_v, _v, _v), lambda b, x, y, z: _call(b, "llvm.fma.v16f32", _VECTOR, [x, y, z]))  # x * y + z
+dot_pairs = _operation(_v, (_v, _v, _v), _dot_pairs)  # lanes are pairs of bfloat16: x0 * y0 + x1 * y1 + total
 larger = _operation(_v, (_v, _v), _larger)  # y where either is not a number
 smaller = _operation(_v, (_v, _v), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
 to_whole = _operation(_v, (_v,), lambda b, x: _call(b, "llvm.rint.v16f32", _VECTOR, [x]))
