@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="moempi-bench-") as name:
         folder = Path(name)
         write_inputs_of(folder, small=given.small)
-        for part, run, share in (("moempi", moempi, 0.35), ("copies", copies, 0.75), ("tp", tensor_parallel, 1.0)):
+        for part, run, share in (("moempi", moempi, 0.35), ("copies", copies, 0.8), ("tp", tensor_parallel, 1.0)):
             if part in given.skip:
                 continue
             began = time.monotonic()

@@ -88,6 +88,7 @@ def build_rank(
         cache,
         capacity=job.run.capacity,
         n_microbatches=layout.n_microbatches,
+        n_decoding=layout.n_decoding,
         budget=layout.step_tokens,
         group=config.n_heads // config.n_kv_heads,
         eos_tokens=shape.eos_tokens,

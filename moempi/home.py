@@ -31,6 +31,7 @@ class Home:
         cache: where keys and values of the sequences lie.
         capacity: sequences worked on at the same time.
         n_microbatches: in flight.
+        n_decoding: of them take the sequences that have one token to go in a step.
         budget: most tokens of a microbatch in a step.
         group: query heads per key-value head.
         eos_tokens: tokens that end a sequence; empty to ignore them.
@@ -45,6 +46,7 @@ class Home:
         *,
         capacity: int,
         n_microbatches: int,
+        n_decoding: int,
         budget: int,
         group: int,
         eos_tokens: tuple[int, ...],
@@ -54,6 +56,7 @@ class Home:
         self.engine, self.cache = engine, cache
         self.capacity, self.budget, self.group = capacity, budget, group
         self.eos_tokens, self.tell, self._plan = frozenset(eos_tokens), tell, plan
+        self.n_decoding = n_decoding
         self.resident: list[list[Sequence]] = [[] for _ in range(n_microbatches)]
         self.steps = self.new_tokens = 0
         self.ended = self.draining = False
@@ -100,6 +103,8 @@ class Home:
             self._hand_back(microbatch)
             return None
         self._take_in()
+        if microbatch >= self.n_decoding:
+            self._gather(microbatch)
         sequences = self.resident[microbatch]
         if not sequences:
             return None
@@ -136,6 +141,16 @@ class Home:
             sequence.pages = self.cache.take(sequence.most_positions)
             min(self.resident, key=len).append(sequence)
             self._wake()  # its microbatch may be one that had nothing to do
+
+    def _gather(self, microbatch: int) -> None:
+        """Sequences whose prompt is done move on to where they decode: expert calls are fewer, and larger."""
+        here, decoding = self.resident[microbatch], self.resident[: self.n_decoding]
+        moving = [s for s in here if len(s.tokens) - s.cached == 1]
+        if moving:
+            self.resident[microbatch] = [s for s in here if len(s.tokens) - s.cached > 1]
+            for sequence in moving:
+                min(decoding, key=len).append(sequence)
+            self._wake()  # one of those may have had nothing to do
 
     def _tell_of_waiting(self) -> None:
         """Say once that the cache is full."""

@@ -101,7 +101,7 @@ class RunOptions(Section):
     capacity: int = option(8, "sequences that a home rank works on at the same time", "sequences", ge=1)
     prefill_tokens: int = option(512, "most tokens of one microbatch in a step", "tokens", ge=1)
     microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = option(
-        "auto", "microbatches in flight on every rank; auto: 2 where expert calls are large enough, else 1"
+        "auto", "microbatches in flight on every rank; auto: 2 where expert calls are large, else 1; GPUs: 3 in prefill"
     )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "what the ranks compute on; auto: a GPU each where torch sees any, else the CPU"

@@ -39,6 +39,7 @@ class Layout:
     placement: Placement
     homes: tuple[int, ...]
     n_microbatches: int
+    n_decoding: int  # microbatches, of those, that take the sequences that have one token to go in a step
     step_tokens: int  # most tokens of a microbatch
     kv_tokens: int  # positions in a home's KV cache
     kv_wanted: int  # that would do for `run.capacity` sequences at a time
@@ -91,7 +92,7 @@ def lay_out(
     homes = home_ranks(job.admission.policy, job.admission.homes, n_ranks)
     # Fewer sequences than places: what a home really holds decides.
     held = min(job.run.capacity, -(-len(positions) // len(homes)))
-    n_microbatches = _microbatches(job, config, n_ranks, held)
+    microbatches = _microbatches(job, config, n_ranks, held, device)
     step_tokens = max(job.run.prefill_tokens, job.run.capacity)
     budget = memory.arrival_budget(job.exchange.arrival_budget, config, nbytes, step_tokens)
     least, wanted = _kv_tokens(job, positions)
@@ -105,12 +106,12 @@ def lay_out(
         nodes=_nodes(job, n_ranks, nodes),
         links=links,
         device=device,
-        steps=steps_of_a_home(positions, new_tokens, len(homes), max(1, held // n_microbatches), step_tokens),
+        steps=steps_of_a_home(positions, new_tokens, len(homes), max(1, held // microbatches.decoding), step_tokens),
         relay_budget=memory.relay_budget(job.exchange.relay_budget, config, nbytes, step_tokens),
         sizes={
             "capacity": job.run.capacity,
             "max_step_tokens": step_tokens,
-            "microbatches": n_microbatches,
+            "microbatches": microbatches.n,
             "arrival_budget": budget,
             "packed_head": device == "cpu",
             "gpu": device == "cuda",
@@ -126,12 +127,13 @@ def lay_out(
         dtype=dtype,
         placement=placement,
         homes=tuple(homes),
-        n_microbatches=n_microbatches,
+        n_microbatches=microbatches.n,
+        n_decoding=microbatches.decoding,
         step_tokens=step_tokens,
         kv_tokens=kv_tokens,
         kv_wanted=wanted,
         arrival_budget=budget,
-        tags=Tags(n_microbatches, pieces),
+        tags=Tags(microbatches.n, pieces),
         piece_rows=rows,
         memory=tuple(plans),
         nodes=fitting.nodes,
@@ -245,12 +247,12 @@ def _pieces(job: Job, config: ModelConfig, step_tokens: int, device: str) -> tup
     return message_pieces(step_tokens * config.top_k, row_bytes, most)
 
 
-def _microbatches(job: Job, config: ModelConfig, n_ranks: int, held: int) -> int:
+def _microbatches(job: Job, config: ModelConfig, n_ranks: int, held: int, device: str) -> memory.Microbatches:
     if job.exchange.lockstep:
-        return 1  # all ranks meet after every layer, so a rank can have one under way
+        return memory.Microbatches(1, 1)  # all ranks meet after every layer, so a rank can have one under way
     if job.run.microbatches == "auto":
-        return memory.microbatches_auto(config, n_ranks, held)
-    return job.run.microbatches
+        return memory.microbatches_auto(config, n_ranks, held, gpu=device == "cuda")
+    return memory.Microbatches(job.run.microbatches, job.run.microbatches)
 
 
 def _kv_tokens(job: Job, positions: Sequence[int]) -> tuple[int, int]:

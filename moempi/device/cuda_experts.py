@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import product_at, product_by_tiles, tile_for, unit_of
 from moempi.device.cuda_rows import swiglu, swiglu_at, tile_tables
@@ -19,6 +20,8 @@ from moempi.model.expert import Expert
 # Operations per slot, below which one launch for all slots is faster than cuBLAS slot by slot: its three calls take the
 # host some 60 us, in which the GPU does this much, and a small product does not fill it.
 WORTH_CALLS = 2e10
+ROUND = 16  # tiles to a multiple of which a recorded call is filled up
+ROUND_ROWS = 256  # rows likewise, which lie between the products
 FEW = 3  # parts that are launched one after the other, which takes less of the host than a table of them
 
 
@@ -51,16 +54,28 @@ def parts_of(batches: Sequence[Batch]) -> list[Part]:
 
 
 class Scratch:
-    """Memory for what lies between two products. Calls follow each other on one stream, so all layers share it."""
+    """What calls work with. They follow each other on one stream, so all layers share it.
+
+    Attributes:
+        graphs: recordings of small calls.
+    """
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
+        self._table: Tensor | None = None
+        self.graphs = Graphs()
 
     def take(self, n: int, like: Tensor) -> Tensor:
-        """Flat memory of at least n elements, of the dtype and on the device of another tensor."""
+        """Flat memory of at least n elements, of the dtype and on the device of another tensor: between products."""
         if self._memory is None or self._memory.numel() < n:
             self._memory = torch.empty(n, dtype=like.dtype, device=like.device)
         return self._memory
+
+    def table(self, n: int, like: Tensor) -> Tensor:
+        """Flat int64 memory of at least n elements, on the device of another tensor: which rows meet which weights."""
+        if self._table is None or self._table.numel() < n:
+            self._table = torch.empty(2 * n, dtype=torch.int64, device=like.device)
+        return self._table
 
 
 class Stack:
@@ -113,22 +128,34 @@ class Stack:
         given = np.array([(b.rows.begin, b.answer.begin, *b.rows_per_slot) for b in batches], dtype=np.int64)
         given[:, :2] //= in_d
         counts = given[:, 2:]
-        tile = tile_for(dtype, int(counts.max()))
+        most = int(counts.max())
+        tile = tile_for(dtype, most)
         tiles = int((-(-counts // tile.rows)).sum())
+        # Calls of few rows come again and again, and are recorded: in few shapes, with empty tiles and rows.
+        small = most <= tile.rows
+        if small:
+            tiles, rows = -(-tiles // ROUND) * ROUND, -(-rows // ROUND_ROWS) * ROUND_ROWS
         # The tables are made on the GPU, from what is known of the batches: the host would take longer than all else.
         sizes = given.size, counts.size + 1, 4 * tiles, 4 * tiles
-        table = torch.empty(sum(sizes), dtype=torch.int64, device=memory.device)
-        at, between, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(4))
-        put(given, table)
-        steps = d // in_d, width // in_width, hidden // in_hidden
-        tile_tables(at, between, inward, outward, (len(batches), n_slots), tile.rows, steps)
+        table = self._scratch.table(sum(sizes), self.gate_up)
         scratch = self._scratch.take(rows * (width + hidden), self.gate_up)
-        gated = scratch.data_ptr()
-        activated = gated + rows * width * dtype.itemsize
-        source = memory.data_ptr()
-        product_by_tiles(source, self.gate_up, gated, inward, tiles, tile, (in_d, in_width))
-        swiglu_at(gated, rows, hidden, dtype, activated)
-        product_by_tiles(activated, self.down, source, outward, tiles, tile, (in_hidden, in_d))
+        put(given, table)
+
+        def launch() -> None:
+            at, between, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(4))
+            steps = d // in_d, width // in_width, hidden // in_hidden
+            tile_tables(at, between, inward, outward, tiles, (len(batches), n_slots), tile.rows, steps)
+            gated, source = scratch.data_ptr(), memory.data_ptr()
+            activated = gated + rows * width * dtype.itemsize
+            product_by_tiles(source, self.gate_up, gated, inward, tiles, tile, (in_d, in_width))
+            swiglu_at(gated, rows, hidden, dtype, activated)
+            product_by_tiles(activated, self.down, source, outward, tiles, tile, (in_hidden, in_d))
+
+        if small:
+            shape = len(batches), tiles, rows, table.data_ptr(), scratch.data_ptr(), memory.data_ptr()
+            self._scratch.graphs.run(shape, self.gate_up.data_ptr(), launch)
+        else:
+            launch()
 
 
 class Pieces:

@@ -74,6 +74,8 @@ def _product(  # type: ignore[no-untyped-def]
         y = out_base + m.to(tl.int64) * ROWS * n_outputs
     else:
         left = tl.load(table + 4 * m).to(tl.int32)
+        if left == 0:
+            return
         x = rows_base + tl.load(table + 4 * m + 1) * IN_UNIT
         w = weights + tl.load(table + 4 * m + 2) * n_outputs * n_inputs
         y = out_base + tl.load(table + 4 * m + 3) * OUT_UNIT
@@ -124,8 +126,8 @@ def product_by_tiles(
     Args:
         source, target: addresses of the memories.
         weights: [S, O, I] contiguous.
-        table: address of int64 [tiles, 4] on the GPU: rows that are left of a part from here on, where they begin,
-            which weight, where their outputs begin.
+        table: address of int64 [tiles, 4] on the GPU: rows that are left of a part from here on (0: an empty tile),
+            where they begin, which weight, where their outputs begin.
         units: elements in which the table counts in `source` and in `target`; all begins are multiples of 16 bytes
             where a unit is.
     """

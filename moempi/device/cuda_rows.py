@@ -164,7 +164,14 @@ def sort_pairs(
 
 
 def tile_tables(
-    batches: int, begins: int, inward: int, outward: int, shape: tuple[int, int], tile: int, units: tuple[int, int, int]
+    batches: int,
+    begins: int,
+    inward: int,
+    outward: int,
+    tiles: int,
+    shape: tuple[int, int],
+    tile: int,
+    units: tuple[int, int, int],
 ) -> None:
     """Which rows meet which weights in the two products of an expert call, tile by tile (`cuda_products`).
 
@@ -172,11 +179,12 @@ def tile_tables(
         batches: address of int64 [B, 2 + S]: where a batch's rows begin, where its outputs do, its rows for every slot.
         begins: address of int64 [B * S + 1], for what lies in between.
         inward, outward: addresses of int64 [tiles, 4].
+        tiles: at least as many as there are; the rest are empty.
         shape: B and S.
         tile: rows of a tile.
         units: in a row of a batch, of what comes out of the first product, and of what goes into the second one.
     """
-    _kernel("tile_tables", 10)(1, 1024, [batches, begins, inward, outward, *shape, tile, *units])
+    _kernel("tile_tables", 11)(1, 1024, [batches, begins, inward, outward, tiles, *shape, tile, *units])
 
 
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -75,8 +75,8 @@ __device__ inline integer sum_before(integer x, integer& all) {
 }
 
 // One block of 1024 threads. A part is what a batch has for a slot. Between the two products the rows lie batch by
-// batch; the tiles of a slot are beside each other, because they read the same weights.
-__global__ void tile_tables(const integer* batches, integer* begins, integer* inward, integer* outward,
+// batch; the tiles of a slot are beside each other, because they read the same weights. Up to `room` come empty ones.
+__global__ void tile_tables(const integer* batches, integer* begins, integer* inward, integer* outward, integer room,
                             integer n_batches, integer n_slots, integer tile, integer row, integer gated,
                             integer hidden) {
   const integer n = n_batches * n_slots;
@@ -110,6 +110,7 @@ __global__ void tile_tables(const integer* batches, integer* begins, integer* in
       out[3] = from[1] + skip;
     }
   }
+  for (integer i = first + threadIdx.x; i < room; i += 1024) inward[4 * i] = outward[4 * i] = 0;
 }
 
 // Residual and the rows that are added to it, [T, D]; then the RMS norm of their sum, as `rms_norm` has it.

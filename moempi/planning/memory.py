@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,7 @@ _WAYS_OUT = "lower run.capacity, memory.kv_tokens, run.prefill_tokens or exchang
 _FLOAT32 = 4
 # Below this many rows an expert call is bound by reading the weights, and a second microbatch reads them twice.
 _ROWS_FOR_TWO = 64
+_PREFILLING = 3  # microbatches that keep a GPU busy in prefill: one computes, others are on their way
 
 
 @dataclass(frozen=True)
@@ -213,13 +215,22 @@ def relay_bytes(ways: Ways, budget: int) -> dict[int, int]:
     return {rank: kinds * budget for rank in range(ways.nodes.n_ranks) if ways.is_relay(rank)}
 
 
-def microbatches_auto(config: ModelConfig, n_ranks: int, capacity: int) -> int:
-    """Microbatches per rank for `run.microbatches` = "auto": 2 where the mean expert call has rows enough, else 1.
+class Microbatches(NamedTuple):
+    """How many a rank has in flight."""
 
-    With fewer rows an expert call takes as long as reading the weights, so that two calls take twice as long.
+    n: int
+    decoding: int  # of them take the sequences that have one token to go in a step
+
+
+def microbatches_auto(config: ModelConfig, n_ranks: int, capacity: int, *, gpu: bool) -> Microbatches:
+    """For `run.microbatches` = "auto": 2 where the mean expert call has rows enough in decode, else 1.
+
+    With fewer rows an expert call takes as long as reading the weights, so that two calls take twice as long. In
+    prefill there are rows enough, and on a GPU the host's time and the messages pass under what it computes meanwhile.
     """
     rows = capacity * config.top_k * n_ranks / config.n_experts
-    return 1 if n_ranks == 1 or rows < _ROWS_FOR_TWO else 2
+    decoding = 1 if n_ranks == 1 or rows < _ROWS_FOR_TWO else 2
+    return Microbatches(_PREFILLING if gpu else decoding, decoding)
 
 
 # ---------------------------------------------------------------- limits

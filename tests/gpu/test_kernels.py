@@ -246,11 +246,15 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
         batches.append(Batch(Rows(flat, lo * d, n, d), Rows(flat, (total + lo) * d, n, d), per_slot))
         slots += [slot for slot, rows in enumerate(per_slot) for _ in range(rows)]
         lo += n
-    stack = Stack(gate_up, down, exact=exact, scratch=Scratch())
+    stack, stream = Stack(gate_up, down, exact=exact, scratch=Scratch()), torch.cuda.Stream()
     products = {}
-    for given in (batches, batches[:1], batches[3:]):  # together; few at once
+    # Together, few at once; rows that fit one tile of every slot: launched, recorded, and replayed.
+    for given in (batches, batches[:1], batches[3:], *[batches[1:]] * 4):
         memory[total:] = torch.nan
-        stack(given, flat)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):  # nothing is recorded on the default one
+            stack(given, flat)
+        torch.cuda.synchronize()
         for i, slot in enumerate(slots):
             if any(b.rows.begin <= i * d < b.rows.begin + len(b.rows) * d for b in given):
                 gate, up = (gate_up[slot].double() @ memory[i].double()).chunk(2)

@@ -18,7 +18,7 @@ from moempi.device.cuda_graphs import Graphs
 from moempi.device.tile_plan import plan_step, plan_tiles
 from moempi.errors import JobError
 from moempi.exchange import gpu_mpi
-from moempi.exchange.waiting import FEW_ROWS, LONGEST, Held, Waiting
+from moempi.exchange.waiting import CALL, FEW_ROWS, LONGEST, Held, Waiting
 from moempi.model.attention import Span
 from moempi.planning.gpu_memory import GRAPH_SHAPES
 
@@ -233,6 +233,7 @@ def test_work_without_memory_for_its_recording_runs_every_time(monkeypatch: pyte
 
 HELD = {0: Held(slots=4, nbytes=12_000_000), 1: Held(slots=4, nbytes=12_000_000), 2: Held(slots=1, nbytes=0)}
 READ = 4_000  # ns in which the weights of four slots are read; of two: half of it
+COST = CALL + READ
 
 
 def test_few_rows_wait_for_who_has_sent_of_late() -> None:
@@ -243,18 +244,31 @@ def test_few_rows_wait_for_who_has_sent_of_late() -> None:
     waiting.take(0, {}, now=10)
     assert not waiting
     waiting.add(1, home=0, rows=3, slots=4, now=100)
-    assert waiting.choose(100) is None and waiting.choose(99 + READ) is None and waiting.choose(100 + READ) == 1
+    assert waiting.choose(100) is None and waiting.choose(99 + COST) is None and waiting.choose(100 + COST) == 1
     waiting.add(1, home=1, rows=3, slots=4, now=200)
     assert waiting.choose(200) == 1, "all are here"
     waiting.take(1, {}, now=200)
     waiting.add(0, home=1, rows=1, slots=2, now=300)
-    assert waiting.choose(299 + READ // 2) is None and waiting.choose(300 + READ // 2) == 0
-    waiting.take(0, {}, now=300 + READ)
-    waiting.add(1, home=1, rows=1, slots=1, now=9000)
-    assert waiting.choose(9000) == 1, "home 0 did not come, and is not waited for again"
-    waiting.add(2, home=0, rows=1, slots=1, now=9000)
-    waiting.take(1, {}, now=9000)
-    assert waiting.choose(9000) == 2, "where no weights are counted, nothing waits"
+    late = 300 + CALL + READ // 2
+    assert waiting.choose(late - 1) is None and waiting.choose(late) == 0
+    waiting.take(0, {}, now=late)
+    waiting.add(1, home=1, rows=1, slots=1, now=late)
+    assert waiting.choose(late) == 1, "home 0 did not come, and is not waited for again"
+    waiting.add(2, home=0, rows=1, slots=1, now=late)
+    waiting.take(1, {}, now=late)
+    assert waiting.choose(late) == 2, "where no weights are counted, nothing waits"
+
+
+def test_who_has_sent_rows_of_a_layer_is_not_waited_for_with_more_of_it() -> None:
+    waiting = Waiting(HELD)
+    for home in (0, 1):
+        waiting.add(0, home, rows=1, slots=1, now=0)
+    waiting.take(0, {}, now=0)
+    waiting.add(1, home=0, rows=1, slots=1, now=100)
+    assert waiting.choose(100) is None, "home 1 is"
+    waiting.take(1, {}, now=100)  # for whatever reason
+    waiting.add(1, home=1, rows=1, slots=1, now=200)
+    assert waiting.choose(200) == 1
 
 
 def test_rows_of_homes_in_other_layers_are_not_waited_for() -> None:

@@ -58,6 +58,7 @@ def test_a_sequence_taken_in_for_a_microbatch_without_any_wakes_it() -> None:
         cache,
         capacity=4,
         n_microbatches=2,
+        n_decoding=2,
         budget=1000,
         group=1,
         eos_tokens=(),
@@ -74,3 +75,36 @@ def test_a_sequence_taken_in_for_a_microbatch_without_any_wakes_it() -> None:
     assert cache.has_room(10 * PAGE)
     home.hear(End())
     loop.run()
+
+
+def test_sequences_whose_prompt_is_done_move_to_the_microbatch_that_decodes() -> None:
+    loop, told, steps = Loop(), list[ToRouter](), list[tuple[int, int, int]]()
+    home = Home(
+        loop,  # type: ignore[arg-type]
+        KVCache(1, 1, 2, 20 * PAGE, torch.float32),
+        capacity=6,
+        n_microbatches=3,
+        n_decoding=1,
+        budget=8,
+        group=1,
+        eos_tokens=(),
+        tell=told.append,
+    )
+
+    async def noting(step: Step) -> tuple[list[int], list[float]]:
+        single = sum(len(s.tokens) - s.cached == 1 for s in step.sequences)
+        steps.append((step.microbatch, single, len(step.sequences)))
+        return await forward(step)
+
+    home.hear(Work([Assignment(i, [2] * n, n, 20, []) for i, n in enumerate((30, 17, 1, 16, 3, 19))]))
+    loop.ready.extend(generate(home, noting, m) for m in range(3))  # type: ignore[arg-type]
+    loop.run()
+    assert {m for m, _, _ in steps} == {0, 1, 2}  # prompts of up to 30 tokens, in steps of up to 8
+    assert all(single == 0 for m, single, _ in steps if m > 0)
+    assert (0, 6, 6) in steps
+    done = {c.index: len(c.tokens) for message in told if isinstance(message, Done) for c in message.completions}
+    assert done == dict.fromkeys(range(6), 20)
+    assert not any(home.resident)
+    home.hear(End())
+    loop.run()
+    assert not loop.ready

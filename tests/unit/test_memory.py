@@ -161,7 +161,8 @@ def test_the_budget_holds_one_largest_message_and_its_answer() -> None:
     ],
 )
 def test_microbatches_auto(n_ranks: int, capacity: int, expected: int) -> None:
-    assert memory.microbatches_auto(SMALL, n_ranks, capacity) == expected
+    assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=False) == (expected, expected)
+    assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=True) == (3, expected)
 
 
 # ---------------------------------------------------------------- limits
