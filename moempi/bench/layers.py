@@ -71,7 +71,7 @@ class CpuLayers:
         self.x = [self._draw(random, tokens, stack.d_model) for _ in range(stack.microbatches)]
         scores = [scores_of(random, tokens, stack) for _ in self.x]
         self.routes = [device.choose_experts(each, stack.top_k, True) for each in scores]
-        self.experts, self.positions = Experts(slots), np.arange(tokens)
+        self.experts, self.alone, self.positions = Experts(slots), Experts(slots), np.arange(tokens)
         self.engine = Engine(
             channels(self.world),
             self.tables,
@@ -120,9 +120,9 @@ class CpuLayers:
         for layer, counts in self._calls():
             n = sum(counts)
             rows, answers = self.rows[:n], self.answers[:n]
-            self.experts.add(Arrival(self.world.rank, 0, layer, 0, rows, answers, counts, n, Future()))
-            while self.experts:
-                self.experts.serve(2**62)
+            self.alone.add(Arrival(self.world.rank, 0, layer, 0, rows, answers, counts, n, Future()))
+            while self.alone:
+                self.alone.serve(2**62)
 
     def _calls(self) -> list[tuple[int, tuple[int, ...]]]:
         """(layer, rows of every slot) of every expert call of a round that has rows."""

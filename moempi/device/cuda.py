@@ -32,7 +32,7 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, *, exact: bool):
-        self.dtype, self.exact = weight.dtype, exact
+        self.shape, self.dtype, self.exact = (weight.shape[0], weight.shape[1]), weight.dtype, exact
         self._weight = weight.contiguous()
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

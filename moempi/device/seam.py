@@ -15,6 +15,7 @@ from moempi.planning.gpu_memory import Use
 class Product(Protocol):
     """`y = x @ weight.T`."""
 
+    shape: tuple[int, int]  # O, I
     dtype: torch.dtype
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -14,7 +14,11 @@ from mpi4py import MPI
 
 from moempi.device.cpu_rows import SmallExpert, run_experts
 from moempi.exchange.tasks import Future
+from moempi.exchange.waiting import Held, Waiting
 from moempi.model.expert import Expert
+
+FEW_ROWS = 8  # to a slot whose weights no cache holds; with more of them a call computes longer than it reads
+READ_RATE = 15e9  # bytes per second at which a core reads them
 
 SlotKey = tuple[int, int]  # (layer, number of the slot on this rank)
 
@@ -45,8 +49,19 @@ class _Section:
     hi: int
 
 
+def held_layers(slots: Mapping[SlotKey, Expert]) -> dict[int, Held]:
+    """What calls take, of the layers whose experts no cache holds; the others never wait."""
+    nbytes: dict[int, list[int]] = {}
+    for (layer, _), expert in slots.items():
+        if expert.nbytes:
+            nbytes.setdefault(layer, []).append(expert.nbytes)
+    return {layer: Held(0, int(1e9 * max(of) / READ_RATE), FEW_ROWS * len(of)) for layer, of in nbytes.items()}
+
+
 class Experts:
-    """The slots of this rank, each with the rows that wait for it.
+    """The slots of this rank, each with the rows that are here for it.
+
+    A layer's rows are open to be computed at once where its experts are small; else `waiting` decides when they are.
 
     Args:
         slots: the expert, or part of one, that each slot holds.
@@ -55,22 +70,38 @@ class Experts:
     def __init__(self, slots: Mapping[SlotKey, Expert]):
         self._slots = slots
         self._queues: dict[SlotKey, deque[_Section]] = {}
-        self._rows: dict[SlotKey, int] = {}  # rows waiting, only of slots that have any
+        self._rows: dict[SlotKey, int] = {}  # rows here, only of slots that have any
+        self._held = held_layers(slots)
+        self._open: set[int] = set()  # layers
+        self.waiting = Waiting(self._held)
         self.since = 0  # when the first of the rows came that wait, or waited last (ns of time.perf_counter_ns())
         self.calls = 0
         self.rows_computed = 0
 
     def __bool__(self) -> bool:
+        """Whether there is a call to be made now."""
+        return bool(self._open) or (bool(self.waiting) and self.waiting.choose(time.perf_counter_ns()) is not None)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether any rows are here."""
         return bool(self._rows)
 
     def add(self, arrival: Arrival) -> None:
         """Queue an arrival's rows at their slots; they can be computed from now on."""
+        now = time.perf_counter_ns()
         if not self._rows:
-            self.since = time.perf_counter_ns()
+            self.since = now
+        layer = arrival.layer
+        if layer in self._held and layer not in self._open:
+            slots = sum(map(bool, arrival.rows_per_slot))
+            self.waiting.add(layer, arrival.source, arrival.left, slots, now)
+        else:
+            self._open.add(layer)
         lo = 0
         for number, rows in enumerate(arrival.rows_per_slot):
             if rows:
-                key = (arrival.layer, number)
+                key = (layer, number)
                 self._queues.setdefault(key, deque()).append(_Section(arrival, lo, lo + rows))
                 self._rows[key] = self._rows.get(key, 0) + rows
                 lo += rows
@@ -81,7 +112,11 @@ class Experts:
         Returns:
             Its layer, the rows computed, and the arrivals that are complete with them.
         """
-        key = max(self._rows, key=self._rows.__getitem__)
+        now = time.perf_counter_ns()
+        while self.waiting and (layer := self.waiting.choose(now)) is not None:
+            self.waiting.take(layer, {}, now)
+            self._open.add(layer)
+        key = max((key for key in self._rows if key[0] in self._open), key=self._rows.__getitem__)
         small = self._slots[key].small
         taken = self._compute(key, most_rows) if small is None else self._compute_layer(key[0], most_rows, small)
         finished, rows = [], 0
@@ -92,6 +127,8 @@ class Experts:
             if section.arrival.left == 0:
                 finished.append(section.arrival)
         self.rows_computed += rows
+        if not any(layer == key[0] for layer, _ in self._rows):
+            self._open.remove(key[0])
         return key[0], rows, finished
 
     def _compute(self, key: SlotKey, most_rows: int) -> list[_Section]:

@@ -13,7 +13,15 @@ from moempi.exchange.arrivals import Arrival, Experts
 from moempi.exchange.waiting import Held, Waiting
 from moempi.planning.gpu_memory import CALL_ROWS
 
+FEW_ROWS = 128  # to a slot; with more of them a call computes longer than it reads
+READ_RATE = 3e12  # bytes per second at which a GPU reads weights
+CALL = 200_000  # ns that a call takes the host
 CALLS_AHEAD = 2  # expert calls that the GPU has queued: one computes, the next one is there when it ends
+
+
+def held(slots: int, nbytes: int) -> Held:
+    """What a call of so many slots takes; nbytes: of their weights, 0 where nothing should wait for them."""
+    return Held(CALL, int(1e9 * nbytes / slots / READ_RATE), FEW_ROWS * slots) if nbytes else Held(0, 0, 0)
 
 
 class CudaExperts(Experts):
@@ -28,7 +36,7 @@ class CudaExperts(Experts):
         super().__init__({})
         self._layers, self._memory = layers, memory
         self._arrivals: dict[int, deque[Arrival]] = {}  # by layer
-        self.waiting = Waiting({n: Held(layer.slots, layer.nbytes) for n, layer in layers.items()})
+        self.waiting = Waiting({n: held(layer.slots, layer.nbytes) for n, layer in layers.items()})
         self.in_flight = 0  # calls that have been launched and not ended
 
     def __bool__(self) -> bool:

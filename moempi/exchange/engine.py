@@ -227,7 +227,7 @@ class Engine:
         layer, rows, finished = self.experts.serve(self.slicer.size(EXPERT))
         self.slicer.learn(EXPERT, rows, begin)
         self.recorder.lap(EXPERT, layer, tokens=rows)
-        if not self.experts:
+        if not self.experts.loaded:
             self.recorder.span(LOADED, -1, NO_STEP, self.experts.since, self.recorder.since, 0, 0, -1)
         for arrival in finished:
             self.answer(arrival)
@@ -257,9 +257,10 @@ class Engine:
         MPI moves long messages only while it is looked at, so a rank with open requests never sleeps long. One without
         sleeps until it is rung for, if all others can do that.
         """
-        if not self.requests and self.requests.bell.hears_all:
+        busy = bool(self.requests) or self.experts.loaded  # rows that wait for more do not for long
+        if not busy and self.requests.bell.hears_all:
             return LONGEST_RUNG_SLEEP
-        return min(LONGEST_SLEEP if self.requests else LONGEST_IDLE_SLEEP, SHORTEST_SLEEP * 2 ** min(self._sleeps, 10))
+        return min(LONGEST_SLEEP if busy else LONGEST_IDLE_SLEEP, SHORTEST_SLEEP * 2 ** min(self._sleeps, 10))
 
     def now(self) -> float:
         """The engine's own clock (s)."""

@@ -1,7 +1,7 @@
 """Which layer's rows an expert call takes, and whether it should wait for more: a decision about counts and times.
 
-A call of few rows takes the host as long as any, and the GPU as long as reading the weights of the slots that it is
-for; two calls take both twice. So it waits for the homes that have sent few rows of late, up to the time that a further
+A call of few rows takes as long as reading the weights of the slots that it is for, and on a GPU the host as long as
+any; two calls take both twice. So it waits for the homes that have sent few rows of late, up to the time that a further
 call would take: it is never late by more than that, and often saves it.
 """
 
@@ -11,17 +11,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-FEW_ROWS = 128  # to a slot; with more of them a call computes longer than it reads
-READ_RATE = 3e12  # bytes per second at which a GPU reads weights
-CALL = 200_000  # ns that a call takes the host
 LONGEST = 5_000_000  # ns after which rows are computed whatever else is there
 
 
 class Held(NamedTuple):
-    """What a rank holds of a layer."""
+    """What a call of a layer's slots takes."""
 
-    slots: int
-    nbytes: int  # of their weights; 0 where a call should never wait
+    call: int  # ns that it takes for any
+    slot: int  # ns more for each that it is for
+    few: int  # rows, below which it takes no longer than this; 0 where it should never wait
 
 
 @dataclass
@@ -53,8 +51,7 @@ class Waiting:
         """Rows of a home have come for so many slots of a layer, at a time in ns."""
         held = self._held[layer]
         if layer not in self._queues:
-            cost = CALL + int(1e9 * held.nbytes * slots / (held.slots * READ_RATE)) if held.nbytes else 0
-            self._queues[layer] = _Queue(now, now + cost)
+            self._queues[layer] = _Queue(now, now + held.call + held.slot * slots)
         queue = self._queues[layer]
         queue.rows += rows
         queue.homes.add(home)
@@ -89,4 +86,4 @@ class Waiting:
         return expected.difference(*(queue.homes for queue in self._queues.values()))
 
     def _is_few(self, layer: int, rows: int) -> bool:
-        return rows < FEW_ROWS * self._held[layer].slots
+        return rows < self._held[layer].few

@@ -68,6 +68,12 @@ class Expert:
         return self._small[0] if self._small and self.leaves == 1 else None
 
     @property
+    def nbytes(self) -> int:
+        """Of its weights that no cache holds: none where it is small."""
+        products = [] if self._small else [*self._gate_up, *self._down]
+        return sum(product.shape[0] * product.shape[1] * product.dtype.itemsize for product in products)
+
+    @property
     def whole(self) -> bool:
         """Whether the slot holds all leaves of its expert."""
         return self.hi - self.lo == self.leaves

@@ -18,7 +18,7 @@ from moempi.device.cuda_graphs import Graphs
 from moempi.device.tile_plan import plan_step, plan_tiles
 from moempi.errors import JobError
 from moempi.exchange import gpu_mpi
-from moempi.exchange.waiting import CALL, FEW_ROWS, LONGEST, Held, Waiting
+from moempi.exchange.waiting import LONGEST, Held, Waiting
 from moempi.model.attention import Span
 from moempi.planning.gpu_memory import GRAPH_SHAPES
 
@@ -231,9 +231,9 @@ def test_work_without_memory_for_its_recording_runs_every_time(monkeypatch: pyte
     assert [graphs.run("shape", "part", work) for _ in range(4)] == [1, 3, 4, 5]
 
 
-HELD = {0: Held(slots=4, nbytes=12_000_000), 1: Held(slots=4, nbytes=12_000_000), 2: Held(slots=1, nbytes=0)}
-READ = 4_000  # ns in which the weights of four slots are read; of two: half of it
-COST = CALL + READ
+CALL, SLOT, FEW = 200_000, 1_000, 512
+HELD = {0: Held(CALL, SLOT, FEW), 1: Held(CALL, SLOT, FEW), 2: Held(0, 0, 0)}
+COST = CALL + 4 * SLOT
 
 
 def test_few_rows_wait_for_who_has_sent_of_late() -> None:
@@ -249,7 +249,7 @@ def test_few_rows_wait_for_who_has_sent_of_late() -> None:
     assert waiting.choose(200) == 1, "all are here"
     waiting.take(1, {}, now=200)
     waiting.add(0, home=1, rows=1, slots=2, now=300)
-    late = 300 + CALL + READ // 2
+    late = 300 + CALL + 2 * SLOT
     assert waiting.choose(late - 1) is None and waiting.choose(late) == 0
     waiting.take(0, {}, now=late)
     waiting.add(1, home=1, rows=1, slots=1, now=late)
@@ -281,7 +281,7 @@ def test_rows_of_homes_in_other_layers_are_not_waited_for() -> None:
 def test_many_rows_go_first_but_not_for_ever() -> None:
     waiting = Waiting(HELD)
     waiting.add(0, home=0, rows=5, slots=4, now=0)
-    waiting.add(1, home=1, rows=4 * FEW_ROWS, slots=4, now=1)
+    waiting.add(1, home=1, rows=FEW, slots=4, now=1)
     assert waiting.choose(1) == 1
     assert waiting.choose(LONGEST + 1) == 0
     waiting.take(1, {1: 7}, now=2)
