@@ -68,7 +68,7 @@ def build_rank(
     engine = engine_type(
         Channels(dispatch=world.Dup(), answers=world.Dup(), barrier=world.Dup()),
         tables,
-        Experts(experts),
+        Experts(experts, device.threads),
         shape.dtype,
         config.d_model,
         layout.tags,

@@ -233,9 +233,14 @@ def _choose_gpu(topology: Topology, job: Job, shape: Shape) -> Device:
 
 def _choose_cpu(topology: Topology, job: Job, shape: Shape) -> Cpu:
     device = Cpu(topology.threads if job.run.threads == "auto" else job.run.threads)
-    device.choose_products(product_shapes(shape.config, shape.dtype, job.model.leaves))
-    device.take_products(max(topology.world.allgather(device.products), key=PRODUCTS.index))
-    return device
+    shapes, slowest = product_shapes(shape.config, shape.dtype, job.model.leaves), PRODUCTS[0]
+    while True:
+        # Each rank tests what it is to take: of two processors the one may hold what the other does not.
+        device.choose_products(shapes, slowest)
+        kinds = set(topology.world.allgather(device.products))
+        if len(kinds) == 1:
+            return device
+        slowest = max(kinds, key=PRODUCTS.index)
 
 
 def open_output(

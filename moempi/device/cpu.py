@@ -1,11 +1,12 @@
 """The CPU as a device: the products that exact mode stands on, and the test that they are what it needs.
 
-A result must not depend on the layout, so the bits of a row may depend neither on how many rows travel
-with it, nor on its place among them, nor on the number of threads. The kernels of `cpu_rows` have this property by how
-they are written; they take all products where the processor has the instructions that they are fast with, and elsewhere
-those of small weights and all that is not a product. oneDNN products with packed weights have it for two rows and more,
-on some processors as long as the rows are few (with the tile instructions of AMX a long batch is summed in another
-order); `F.linear` has not. The operators are private to torch: only `_pack` and `_packed_product` here name them.
+A result must not depend on the layout, so the bits of a row may depend neither on how many rows travel with it, nor on
+its place among them, nor on the number of threads. The kernels of `cpu_rows` have this property by how they are
+written. They take all that is not a product, products with small weights, and those with large ones where the processor
+has the instructions that they are fast with, and none with which a library is faster. oneDNN products with packed
+weights have the property for two rows and more, on some processors as long as the rows are few (with the tile
+instructions of AMX a long batch is summed in another order); `F.linear` has not. The operators are private to torch:
+only `_pack` and `_packed_product` here name them.
 """
 
 from __future__ import annotations
@@ -172,8 +173,11 @@ class Cpu:
         """The K best experts of logits [T, E] float32."""
         return cpu_rows.choose_experts(logits, top_k, normalize)
 
-    def choose_products(self, shapes: Iterable[tuple[int, int, torch.dtype]]) -> None:
+    def choose_products(self, shapes: Iterable[tuple[int, int, torch.dtype]], slowest: str = PRODUCTS[0]) -> None:
         """Self-test: take the first kind of PRODUCTS whose bits hold for every shape (O, I, dtype).
+
+        Args:
+            slowest: a kind that others have taken: none before it is tried.
 
         Raises:
             MoempiError: no kind of product keeps a row's bits on this machine.
@@ -182,7 +186,8 @@ class Cpu:
         small = sorted({shape for shape in shapes if is_small(*shape[:2])}, key=str)
         large = sorted(shapes - set(small), key=str)
         threads = {"tiled": (1,)}
-        held = next((kind for kind in PRODUCTS if _all_hold(large, kind, threads.get(kind, (1, 2)))), None)
+        kinds = PRODUCTS[PRODUCTS.index(slowest) :]
+        held = next((kind for kind in kinds if _all_hold(large, kind, threads.get(kind, (1, 2)))), None)
         if held is None or not _all_hold(small, "small", (1,)):
             raise MoempiError(
                 "the self-test failed: on this processor and torch build a row's bits depend on its neighbours, "

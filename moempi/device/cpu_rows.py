@@ -7,13 +7,14 @@ and on nothing of how a call was made; threads share nothing but the outputs of 
 from __future__ import annotations
 
 from array import array
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 
+from moempi.device.kernels import PANEL, TILE
 from moempi.device.kernels.compiled import Kernels, kernels
 from moempi.model.attention import AttentionPlan
 from moempi.model.cache import KVCache
@@ -22,8 +23,6 @@ from moempi.model.gate import Route
 LANES = 16
 BLOCK = 4  # rows that a kernel takes at a time
 SMALL = 2**17  # weights of a product that fits a core's cache
-PANEL = 64  # outputs that lie together in a large one
-TILE = 64  # rows that a kernel takes through such a panel
 SHARED = 2**18  # weights of a product, up to which one thread is faster than several
 
 
@@ -93,7 +92,8 @@ class SmallLinear:
 
 
 class WideLinear:
-    """`y = x @ weight.T` in float32, rounded once, for weights that no cache holds; torch's threads share the outputs.
+    """`y = x @ weight.T` in float32, rounded once, for weights that no cache holds; as many threads as torch has share
+    the outputs.
 
     Args:
         weight: [O, I], float32 or bfloat16, of a kind that there is a `wide_product` of; packed, so that the caller
@@ -112,15 +112,21 @@ class WideLinear:
         n, (outputs, inputs) = x.shape[0], self.shape
         out = torch.empty((n, outputs), dtype=self.dtype)
         threads = min(torch.get_num_threads(), self._threads)
-        room = TILE * (inputs + 1 + PANEL)
+        odd = inputs % 2 if self.dtype == torch.bfloat16 else 0
+        room = TILE * (PANEL + odd * (inputs + 1))
         memory, kernel = scratch(threads * room), kernels_for(self.dtype).wide_product
         calls = [
             (x.data_ptr(), n, inputs, self._weight, outputs, first, last, out.data_ptr(), memory + 4 * room * thread)
             for thread, (first, last) in enumerate(shares(self._n_panels, threads))
         ]
-        others = [_pool().submit(kernel, *call) for call in calls[1:]]
-        kernel(*calls[0])
-        wait(others)
+        others: list[Future[None]] = []
+        try:
+            others = [_pool(threads).submit(kernel, *call) for call in calls[1:]]
+            kernel(*calls[0])
+        finally:
+            wait(others)  # whatever happens, nobody writes on
+        for other in others:
+            other.result()
         return out if residual is None else residual + out
 
 
@@ -138,9 +144,9 @@ def shares(panels: int, threads: int) -> list[tuple[int, int]]:
 
 
 @cache
-def _pool() -> ThreadPoolExecutor:
-    """Threads beside the one that calls, made when they are first wanted; kernels let go of the interpreter."""
-    return ThreadPoolExecutor(thread_name_prefix="moempi-products")
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads with the one that calls, made when they are first wanted; kernels let go of the interpreter."""
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="moempi-products")
 
 
 class SmallExpert:

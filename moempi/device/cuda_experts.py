@@ -22,6 +22,7 @@ from moempi.model.expert import Expert
 WORTH_CALLS = 2e10
 ROUND = 16  # tiles to a multiple of which a recorded call is filled up
 ROUND_ROWS = 256  # rows likewise, which lie between the products
+CALL_SHAPES = 64  # of recorded calls: numbers of homes, of tiles and of rows, in which calls of decode differ
 FEW = 3  # parts that are launched one after the other, which takes less of the host than a table of them
 
 
@@ -63,7 +64,7 @@ class Scratch:
     def __init__(self) -> None:
         self._memory: Tensor | None = None
         self._table: Tensor | None = None
-        self.graphs = Graphs()
+        self.graphs = Graphs(CALL_SHAPES)
 
     def take(self, n: int, like: Tensor) -> Tensor:
         """Flat memory of at least n elements, of the dtype and on the device of another tensor: between products."""
@@ -152,7 +153,7 @@ class Stack:
             product_by_tiles(activated, self.down, source, outward, tiles, tile, (in_hidden, in_d))
 
         if small:
-            shape = len(batches), tiles, rows, table.data_ptr(), scratch.data_ptr(), memory.data_ptr()
+            shape = tile, len(batches), tiles, rows, table.data_ptr(), scratch.data_ptr(), memory.data_ptr()
             self._scratch.graphs.run(shape, self.gate_up.data_ptr(), launch)
         else:
             launch()

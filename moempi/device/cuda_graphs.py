@@ -20,9 +20,14 @@ T = TypeVar("T")
 
 
 class Graphs:
-    """Recordings of work, by shape and part; the shapes that were used last are kept."""
+    """Recordings of work, by shape and part; the shapes that were used last are kept.
 
-    def __init__(self) -> None:
+    Args:
+        shapes: so many.
+    """
+
+    def __init__(self, shapes: int = GRAPH_SHAPES) -> None:
+        self._kept = shapes
         self._shapes: OrderedDict[Hashable, dict[Hashable, _Recording | None]] = OrderedDict()
         self._pool: Any = None
 
@@ -33,7 +38,7 @@ class Graphs:
         """
         parts = self._shapes.setdefault(shape, {})
         self._shapes.move_to_end(shape)
-        while len(self._shapes) > GRAPH_SHAPES:
+        while len(self._shapes) > self._kept:
             self._shapes.popitem(last=False)
         if part not in parts:
             parts[part] = None

@@ -14,11 +14,11 @@ from mpi4py import MPI
 
 from moempi.device.cpu_rows import SmallExpert, run_experts
 from moempi.exchange.tasks import Future
-from moempi.exchange.waiting import Held, Waiting
+from moempi.exchange.waiting import CallCost, Waiting
 from moempi.model.expert import Expert
 
 FEW_ROWS = 8  # to a slot whose weights no cache holds; with more of them a call computes longer than it reads
-READ_RATE = 15e9  # bytes per second at which a core reads them
+READ_RATE = 15e9  # bytes per second at which a thread reads them
 
 SlotKey = tuple[int, int]  # (layer, number of the slot on this rank)
 
@@ -49,13 +49,14 @@ class _Section:
     hi: int
 
 
-def held_layers(slots: Mapping[SlotKey, Expert]) -> dict[int, Held]:
+def call_costs(slots: Mapping[SlotKey, Expert], threads: int) -> dict[int, CallCost]:
     """What calls take, of the layers whose experts no cache holds; the others never wait."""
     nbytes: dict[int, list[int]] = {}
     for (layer, _), expert in slots.items():
         if expert.nbytes:
             nbytes.setdefault(layer, []).append(expert.nbytes)
-    return {layer: Held(0, int(1e9 * max(of) / READ_RATE), FEW_ROWS * len(of)) for layer, of in nbytes.items()}
+    rate = READ_RATE * threads
+    return {layer: CallCost(0, int(1e9 * max(of) / rate), FEW_ROWS * len(of)) for layer, of in nbytes.items()}
 
 
 class Experts:
@@ -65,15 +66,16 @@ class Experts:
 
     Args:
         slots: the expert, or part of one, that each slot holds.
+        threads: that share a product.
     """
 
-    def __init__(self, slots: Mapping[SlotKey, Expert]):
+    def __init__(self, slots: Mapping[SlotKey, Expert], threads: int = 1):
         self._slots = slots
         self._queues: dict[SlotKey, deque[_Section]] = {}
         self._rows: dict[SlotKey, int] = {}  # rows here, only of slots that have any
-        self._held = held_layers(slots)
-        self._open: set[int] = set()  # layers
-        self.waiting = Waiting(self._held)
+        self._costs = call_costs(slots, threads)
+        self._open: set[int] = set()  # layers whose rows do not wait, any more or ever
+        self.waiting = Waiting(self._costs)
         self.since = 0  # when the first of the rows came that wait, or waited last (ns of time.perf_counter_ns())
         self.calls = 0
         self.rows_computed = 0
@@ -88,16 +90,18 @@ class Experts:
         return bool(self._rows)
 
     def add(self, arrival: Arrival) -> None:
-        """Queue an arrival's rows at their slots; they can be computed from now on."""
+        """Queue an arrival's rows at their slots."""
         now = time.perf_counter_ns()
         if not self._rows:
             self.since = now
         layer = arrival.layer
-        if layer in self._held and layer not in self._open:
+        if layer not in self._costs:
+            self._open.add(layer)
+        elif layer in self._open:
+            self.waiting.note(layer, arrival.source, arrival.left)
+        else:
             slots = sum(map(bool, arrival.rows_per_slot))
             self.waiting.add(layer, arrival.source, arrival.left, slots, now)
-        else:
-            self._open.add(layer)
         lo = 0
         for number, rows in enumerate(arrival.rows_per_slot):
             if rows:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moempi.device.cuda_experts import Batch, Layer
 from moempi.exchange.arrivals import Arrival, Experts
-from moempi.exchange.waiting import Held, Waiting
+from moempi.exchange.waiting import CallCost, Waiting
 from moempi.planning.gpu_memory import CALL_ROWS
 
 FEW_ROWS = 128  # to a slot; with more of them a call computes longer than it reads
@@ -19,9 +19,11 @@ CALL = 200_000  # ns that a call takes the host
 CALLS_AHEAD = 2  # expert calls that the GPU has queued: one computes, the next one is there when it ends
 
 
-def held(slots: int, nbytes: int) -> Held:
+def call_cost(slots: int, nbytes: int) -> CallCost:
     """What a call of so many slots takes; nbytes: of their weights, 0 where nothing should wait for them."""
-    return Held(CALL, int(1e9 * nbytes / slots / READ_RATE), FEW_ROWS * slots) if nbytes else Held(0, 0, 0)
+    if not nbytes:
+        return CallCost(0, 0, 0)
+    return CallCost(CALL, int(1e9 * nbytes / slots / READ_RATE), FEW_ROWS * slots)
 
 
 class CudaExperts(Experts):
@@ -36,7 +38,7 @@ class CudaExperts(Experts):
         super().__init__({})
         self._layers, self._memory = layers, memory
         self._arrivals: dict[int, deque[Arrival]] = {}  # by layer
-        self.waiting = Waiting({n: held(layer.slots, layer.nbytes) for n, layer in layers.items()})
+        self.waiting = Waiting({n: call_cost(layer.slots, layer.nbytes) for n, layer in layers.items()})
         self.in_flight = 0  # calls that have been launched and not ended
 
     def __bool__(self) -> bool:
@@ -44,8 +46,13 @@ class CudaExperts(Experts):
             return False
         return self.waiting.choose(time.perf_counter_ns()) is not None
 
+    @property
+    def loaded(self) -> bool:
+        """Whether any rows wait."""
+        return bool(self.waiting)
+
     def add(self, arrival: Arrival) -> None:
-        """Queue an arrival; its rows can be computed from now on."""
+        """Queue an arrival."""
         now = time.perf_counter_ns()
         if not self.waiting:
             self.since = now

@@ -260,7 +260,10 @@ class Engine:
         busy = bool(self.requests) or self.experts.loaded  # rows that wait for more do not for long
         if not busy and self.requests.bell.hears_all:
             return LONGEST_RUNG_SLEEP
-        return min(LONGEST_SLEEP if busy else LONGEST_IDLE_SLEEP, SHORTEST_SLEEP * 2 ** min(self._sleeps, 10))
+        nap = min(LONGEST_SLEEP if busy else LONGEST_IDLE_SLEEP, SHORTEST_SLEEP * 2 ** min(self._sleeps, 10))
+        if self.experts.waiting:
+            nap = min(nap, max(0.0, (self.experts.waiting.due - time.perf_counter_ns()) / 1e9))
+        return nap
 
     def now(self) -> float:
         """The engine's own clock (s)."""
@@ -352,6 +355,7 @@ class Engine:
         n = (nbytes - header) // (self.d_model * self.dtype.itemsize)
         charged = nbytes + n * self.d_model * self.answer_dtype(table).itemsize
         if not self.arrivals.take(charged):
+            self.experts.waiting.hurry()  # rows that wait hold the room that their company needs
             return False
         buffer = torch.empty(nbytes, dtype=torch.uint8)
         request = self._channels.dispatch.Irecv(as_bytes(buffer), source, tag)

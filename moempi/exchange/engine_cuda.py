@@ -222,6 +222,7 @@ class CudaEngine(Engine):
         sizes = [n * self.d_model * dtype.itemsize for dtype in (self.dtype, answer_dtype)]
         block = self.memory.take(block_bytes(sizes), home=False)
         if block is None:
+            self.experts.waiting.hurry()
             return False
         rows = self.memory.rows(block, 0, n, self.d_model, self.dtype)
         answer = self.memory.rows(block, block_bytes(sizes[:1]), n, self.d_model, answer_dtype)

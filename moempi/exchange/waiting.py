@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-LONGEST = 5_000_000  # ns after which rows are computed whatever else is there
+LONGEST = 5_000_000  # ns after which a layer's rows wait no longer, whatever else is there
 
 
-class Held(NamedTuple):
+class CallCost(NamedTuple):
     """What a call of a layer's slots takes."""
 
     call: int  # ns that it takes for any
@@ -33,14 +33,14 @@ class _Queue:
 
 
 class Waiting:
-    """The layers that rows wait for.
+    """The layers that rows wait for. Where relays bring rows, a home stands here for the relay that they came from.
 
     Args:
-        held: by layer.
+        costs: by layer.
     """
 
-    def __init__(self, held: Mapping[int, Held]):
-        self._held = held
+    def __init__(self, costs: Mapping[int, CallCost]):
+        self._costs = costs
         self._queues: dict[int, _Queue] = {}  # the first to come first
         self._expected: dict[int, int] = {}  # homes whose last rows were few, and the layer that these were for
 
@@ -49,15 +49,29 @@ class Waiting:
 
     def add(self, layer: int, home: int, rows: int, slots: int, now: int) -> None:
         """Rows of a home have come for so many slots of a layer, at a time in ns."""
-        held = self._held[layer]
+        cost = self._costs[layer]
         if layer not in self._queues:
-            self._queues[layer] = _Queue(now, now + held.call + held.slot * slots)
+            self._queues[layer] = _Queue(now, now + cost.call + cost.slot * slots)
         queue = self._queues[layer]
         queue.rows += rows
         queue.homes.add(home)
+        self.note(layer, home, rows)
+
+    def note(self, layer: int, home: int, rows: int) -> None:
+        """Rows of a home have come for a layer, whether they wait or not: it is expected again if they are few."""
         self._expected.pop(home, None)
         if self._is_few(layer, rows):
             self._expected[home] = layer
+
+    @property
+    def due(self) -> int:
+        """When the first of those that wait does so no longer, in ns; only where any waits."""
+        return min(queue.until for queue in self._queues.values())
+
+    def hurry(self) -> None:
+        """What waits is not to wait any longer: it stands in the way of what it waits for."""
+        for queue in self._queues.values():
+            queue.until = queue.came
 
     def choose(self, now: int) -> int | None:
         """The layer to be computed now, where any waits; None where its rows should wait for others."""
@@ -67,7 +81,8 @@ class Waiting:
         fullest = max(self._queues, key=lambda layer: self._queues[layer].rows)
         if not self._is_few(fullest, self._queues[fullest].rows):
             return fullest
-        return first if now >= self._queues[first].until or not self._missing(first) else None
+        ready = (n for n, queue in self._queues.items() if now >= queue.until or not self._missing(n))
+        return next(ready, None)
 
     def take(self, layer: int, left: Mapping[int, int], now: int) -> None:
         """A layer is computed; `left`: rows by home that the call had no room for. Who did not come is not expected."""
@@ -86,4 +101,4 @@ class Waiting:
         return expected.difference(*(queue.homes for queue in self._queues.values()))
 
     def _is_few(self, layer: int, rows: int) -> bool:
-        return rows < self._held[layer].few
+        return rows < self._costs[layer].few

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from moempi.device.cpu_rows import SmallExpert
+from moempi.device.cpu_rows import SmallExpert, is_small
 from moempi.device.seam import Device
 
 Part = TypeVar("Part")
@@ -71,7 +71,7 @@ class Expert:
     def nbytes(self) -> int:
         """Of its weights that no cache holds: none where it is small."""
         products = [] if self._small else [*self._gate_up, *self._down]
-        return sum(product.shape[0] * product.shape[1] * product.dtype.itemsize for product in products)
+        return sum(o * i * p.dtype.itemsize for p in products for o, i in [p.shape] if not is_small(o, i))
 
     @property
     def whole(self) -> bool:

@@ -230,7 +230,7 @@ def microbatches_auto(config: ModelConfig, n_ranks: int, capacity: int, *, gpu: 
     """
     rows = capacity * config.top_k * n_ranks / config.n_experts
     decoding = 1 if n_ranks == 1 or rows < _ROWS_FOR_TWO else 2
-    return Microbatches(_PREFILLING if gpu else decoding, decoding)
+    return Microbatches(max(decoding, min(_PREFILLING, capacity)) if gpu else decoding, decoding)
 
 
 # ---------------------------------------------------------------- limits

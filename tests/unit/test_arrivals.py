@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from moempi.device import cpu_rows
 from moempi.device.cpu import Cpu
 from moempi.exchange import arrivals
 from moempi.exchange.arrivals import Arrival, Experts
@@ -24,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def experts(monkeypatch: pytest.MonkeyPatch, *, large: bool, leaves: int = 1) -> Experts:
     device, random = Cpu(1), torch.Generator().manual_seed(3)
     if large:
-        monkeypatch.setattr(Cpu, "has_small_experts", lambda self, hidden, d_model: False)
+        monkeypatch.setattr(cpu_rows, "SMALL", 0)
     return Experts(
         {
             (layer, number): Expert(
@@ -98,6 +99,8 @@ def test_rows_that_come_while_their_layer_is_computed_join_it(
     found.serve(2**62)
     found.add(arrival(1, (1, 1, 0)))
     assert len(drain(found)) == 2 and found.calls == 3, "slot 1 has both homes' rows in one call, slot 0 in two"
+    found.add(arrival(0, (1, 0, 0), layer=1))
+    assert not found, "home 1 has been there with few rows, and is expected"
 
 
 def test_many_rows_do_not_wait(monkeypatch: pytest.MonkeyPatch, clock: list[int]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from mpi4py import MPI
 
 from moempi.errors import StallError
 from moempi.exchange.arrivals import Experts
-from moempi.exchange.engine import EMPTY_POLLS, Channels, Engine, Limits
+from moempi.exchange.engine import EMPTY_POLLS, LONGEST_RUNG_SLEEP, LONGEST_SLEEP, Channels, Engine, Limits
 from moempi.exchange.plan import Tags
+from moempi.exchange.requests import Requests
+from moempi.exchange.waiting import CallCost, Waiting
 from moempi.recorder import Recorder
 
 
@@ -30,6 +34,17 @@ def test_a_request_that_is_never_completed_ends_a_rank_that_has_nothing_else_to_
     nobody.Cancel()
     nobody.Wait()
     comm.Free()
+
+
+def test_a_rank_with_rows_that_wait_sleeps_no_longer_than_they_do() -> None:
+    requests, waiting = Requests(), Waiting({0: CallCost(call=300_000, slot=0, few=9)})
+    requests.bell = SimpleNamespace(hears_all=True)  # type: ignore[assignment]
+    rank: Any = SimpleNamespace(_sleeps=9, requests=requests, experts=SimpleNamespace(loaded=False, waiting=waiting))
+    assert Engine._nap(rank) == LONGEST_RUNG_SLEEP
+    rank.experts.loaded = True
+    assert Engine._nap(rank) == LONGEST_SLEEP
+    waiting.add(0, home=1, rows=1, slots=1, now=time.perf_counter_ns())
+    assert 0 <= Engine._nap(rank) <= 300e-6
 
 
 def test_a_rank_that_was_rung_for_looks_more_than_once_before_it_sleeps_again() -> None:

@@ -18,7 +18,7 @@ from moempi.device.cuda_graphs import Graphs
 from moempi.device.tile_plan import plan_step, plan_tiles
 from moempi.errors import JobError
 from moempi.exchange import gpu_mpi
-from moempi.exchange.waiting import LONGEST, Held, Waiting
+from moempi.exchange.waiting import LONGEST, CallCost, Waiting
 from moempi.model.attention import Span
 from moempi.planning.gpu_memory import GRAPH_SHAPES
 
@@ -232,12 +232,12 @@ def test_work_without_memory_for_its_recording_runs_every_time(monkeypatch: pyte
 
 
 CALL, SLOT, FEW = 200_000, 1_000, 512
-HELD = {0: Held(CALL, SLOT, FEW), 1: Held(CALL, SLOT, FEW), 2: Held(0, 0, 0)}
+COSTS = {0: CallCost(CALL, SLOT, FEW), 1: CallCost(CALL, SLOT, FEW), 2: CallCost(0, 0, 0)}
 COST = CALL + 4 * SLOT
 
 
 def test_few_rows_wait_for_who_has_sent_of_late() -> None:
-    waiting = Waiting(HELD)
+    waiting = Waiting(COSTS)
     waiting.add(0, home=0, rows=3, slots=4, now=0)
     assert waiting and waiting.choose(0) == 0, "nobody else is expected yet"
     waiting.add(0, home=1, rows=3, slots=4, now=10)
@@ -260,7 +260,7 @@ def test_few_rows_wait_for_who_has_sent_of_late() -> None:
 
 
 def test_who_has_sent_rows_of_a_layer_is_not_waited_for_with_more_of_it() -> None:
-    waiting = Waiting(HELD)
+    waiting = Waiting(COSTS)
     for home in (0, 1):
         waiting.add(0, home, rows=1, slots=1, now=0)
     waiting.take(0, {}, now=0)
@@ -271,15 +271,29 @@ def test_who_has_sent_rows_of_a_layer_is_not_waited_for_with_more_of_it() -> Non
     assert waiting.choose(200) == 1
 
 
+def test_a_layer_waits_no_longer_for_being_behind_another() -> None:
+    waiting = Waiting(COSTS)
+    for home in (0, 1, 2):
+        waiting.add(0, home, rows=1, slots=4, now=0)
+    waiting.take(0, {}, now=0)
+    waiting.add(1, home=0, rows=1, slots=4, now=100)
+    waiting.add(0, home=1, rows=1, slots=1, now=101)
+    assert waiting.choose(101) == 0, "home 2 is expected with rows for layer 1, and for layer 0 nobody is"
+    waiting.take(0, {}, now=101)
+    assert waiting.choose(102) is None and waiting.due == 100 + COST
+    waiting.hurry()
+    assert waiting.choose(102) == 1
+
+
 def test_rows_of_homes_in_other_layers_are_not_waited_for() -> None:
-    waiting = Waiting(HELD)
+    waiting = Waiting(COSTS)
     for home, layer in ((0, 0), (1, 1)):
         waiting.add(layer, home, rows=1, slots=1, now=0)
     assert waiting.choose(0) == 0, "the first to come"
 
 
 def test_many_rows_go_first_but_not_for_ever() -> None:
-    waiting = Waiting(HELD)
+    waiting = Waiting(COSTS)
     waiting.add(0, home=0, rows=5, slots=4, now=0)
     waiting.add(1, home=1, rows=FEW, slots=4, now=1)
     assert waiting.choose(1) == 1

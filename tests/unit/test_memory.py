@@ -165,6 +165,10 @@ def test_microbatches_auto(n_ranks: int, capacity: int, expected: int) -> None:
     assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=True) == (3, expected)
 
 
+def test_a_gpu_has_no_more_microbatches_than_sequences() -> None:
+    assert [memory.microbatches_auto(SMALL, 2, n, gpu=True).n for n in (1, 2, 3, 4)] == [1, 2, 3, 3]
+
+
 # ---------------------------------------------------------------- limits
 
 

@@ -5,4 +5,6 @@ is left to a library that chooses by shape. Addresses and sizes are int64. E is 
 rows lie without gaps. `lanes` is what they are written in, `compiled` is how they are called.
 """
 
+PANEL = 64  # outputs that lie together in a large weight
+TILE = 64  # rows that a large product takes through such a panel while it is in the cache
 ARITHMETIC = 1  # goes up with every change that gives other bits: what was begun with others is not gone on with
