@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def main() -> None:
             try:
                 results[part] = run(folder, n, began + share * (end - began), given.small)
             except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
-                results[part] = {"error": str(error)[-1500:]}
+                results[part] = {"error": said(error)}
             results[part]["took"] = time.monotonic() - began
             out.write_text(json.dumps(results, indent=1) + "\n")
             print(part, json.dumps(results[part])[:3000], flush=True)
@@ -86,8 +87,15 @@ def moempi(folder: Path, n: int, deadline: float, small: bool) -> dict[str, Any]
         _finish(_start(line, dict(os.environ)), line, deadline)
         error = {}
     except (RuntimeError, subprocess.TimeoutExpired) as caught:
-        error = {"error": str(caught)[-1500:]}
+        error = {"error": said(caught)}
     return {"jobs": json.loads(out.read_text()) if out.exists() else [], **error}
+
+
+def said(error: Exception) -> str:
+    """What stopped a part, without the paths of this machine."""
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"not done in {error.timeout:.0f} s"
+    return re.sub(r"/[\w./-]*/", "", str(error))[-1500:]
 
 
 def copies(folder: Path, n: int, deadline: float, small: bool) -> dict[str, Any]:
@@ -103,7 +111,7 @@ def copies(folder: Path, n: int, deadline: float, small: bool) -> dict[str, Any]
         try:
             _finish(one, line, deadline)
         except (RuntimeError, subprocess.TimeoutExpired) as caught:
-            errors.append(str(caught)[-800:])
+            errors.append(said(caught))
 
     # At once, so that none is held up by what it says.
     with ThreadPoolExecutor(n) as pool:

@@ -30,11 +30,11 @@ def test_the_stack_and_its_experts_alone_compute_the_same_rows(world: MPI.Intrac
         with torch.inference_mode():
             layers = CpuLayers(look_around(part), Cpu(1), STACK, TOKENS, PASSES)
             computed = []
-            for work in (layers.stack, layers.pure):
-                before = layers.experts.rows_computed
+            for work, experts in ((layers.stack, layers.experts), (layers.pure, layers.alone)):
+                before = experts.rows_computed
                 work()
                 meet(part)
-                computed.append(layers.experts.rows_computed - before)
+                computed.append(experts.rows_computed - before)
             assert computed[0] == computed[1]
             every = part.allreduce(computed[0], op=MPI.SUM)
             assert every == ranks * STACK.microbatches * TOKENS * STACK.top_k * STACK.layers * PASSES
