@@ -44,6 +44,11 @@ class Loop:
                 waiting.task = task
 
 
+def home_of(loop: Loop, told: list[ToRouter], cache: KVCache, **sizes: int) -> Home:
+    """A home on a loop, which notes what it tells the router."""
+    return Home(loop, cache, group=1, eos_tokens=(), tell=told.append, **sizes)  # type: ignore[arg-type]
+
+
 async def forward(step: Step) -> tuple[list[int], list[float]]:
     """Choose token 1 for every sequence, after the other microbatches have had their turn."""
     await PAUSE
@@ -53,17 +58,7 @@ async def forward(step: Step) -> tuple[list[int], list[float]]:
 def test_a_sequence_taken_in_for_a_microbatch_without_any_wakes_it() -> None:
     loop, told = Loop(), list[ToRouter]()
     cache = KVCache(1, 1, 2, 10 * PAGE, torch.float32)
-    home = Home(
-        loop,  # type: ignore[arg-type]
-        cache,
-        capacity=4,
-        n_microbatches=2,
-        n_decoding=2,
-        budget=1000,
-        group=1,
-        eos_tokens=(),
-        tell=told.append,
-    )
+    home = home_of(loop, told, cache, capacity=4, n_microbatches=2, n_decoding=2, budget=1000)
     # Of 10 pages the first takes 6 and leaves room for the last alone, which waits behind the others: microbatch 1 has
     # nothing to do. When the first ends, microbatch 0 takes in two of 5 pages, one of them for microbatch 1.
     pages = [6, 5, 5, 4]
@@ -79,17 +74,8 @@ def test_a_sequence_taken_in_for_a_microbatch_without_any_wakes_it() -> None:
 
 def test_sequences_whose_prompt_is_done_move_to_the_microbatch_that_decodes() -> None:
     loop, told, steps = Loop(), list[ToRouter](), list[tuple[int, int, int]]()
-    home = Home(
-        loop,  # type: ignore[arg-type]
-        KVCache(1, 1, 2, 20 * PAGE, torch.float32),
-        capacity=6,
-        n_microbatches=3,
-        n_decoding=1,
-        budget=8,
-        group=1,
-        eos_tokens=(),
-        tell=told.append,
-    )
+    cache = KVCache(1, 1, 2, 20 * PAGE, torch.float32)
+    home = home_of(loop, told, cache, capacity=6, n_microbatches=3, n_decoding=1, budget=8)
 
     async def noting(step: Step) -> tuple[list[int], list[float]]:
         single = sum(len(s.tokens) - s.cached == 1 for s in step.sequences)
