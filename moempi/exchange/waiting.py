@@ -41,6 +41,7 @@ class Waiting:
 
     def __init__(self, costs: Mapping[int, CallCost]):
         self._costs = costs
+        self._places = {layer: place for place, layer in enumerate(sorted(costs))}
         self._queues: dict[int, _Queue] = {}  # the first to come first
         self._expected: dict[int, int] = {}  # homes whose last rows were few, and the layer that these were for
 
@@ -96,9 +97,17 @@ class Waiting:
             self._queues = {layer: kept, **self._queues}
 
     def _missing(self, layer: int) -> set[int]:
-        """Homes that are expected with rows for a layer: they have none here, and were not there with that one's."""
-        expected = {home for home, last in self._expected.items() if last != layer}
-        return expected.difference(*(queue.homes for queue in self._queues.values()))
+        """Homes that are expected with rows for a layer and have none here: those that are behind it.
+
+        Of two homes at different layers the nearer way round says which is behind. Were neither waited for, they
+        would stay apart, and every layer be computed for each of them alone.
+        """
+        place, layers = self._places[layer], len(self._places)
+
+        def is_behind(last: int) -> bool:
+            return 0 < (place - self._places[last]) % layers <= layers // 2
+
+        return {home for home, last in self._expected.items() if is_behind(last)} - self._queues[layer].homes
 
     def _is_few(self, layer: int, rows: int) -> bool:
         return rows < self._costs[layer].few

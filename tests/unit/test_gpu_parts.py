@@ -232,7 +232,8 @@ def test_work_without_memory_for_its_recording_runs_every_time(monkeypatch: pyte
 
 
 CALL, SLOT, FEW = 200_000, 1_000, 512
-COSTS = {0: CallCost(CALL, SLOT, FEW), 1: CallCost(CALL, SLOT, FEW), 2: CallCost(0, 0, 0)}
+LAYERS = 6
+COSTS = {layer: CallCost(CALL, SLOT, FEW) for layer in range(LAYERS)}
 COST = CALL + 4 * SLOT
 
 
@@ -248,15 +249,21 @@ def test_few_rows_wait_for_who_has_sent_of_late() -> None:
     waiting.add(1, home=1, rows=3, slots=4, now=200)
     assert waiting.choose(200) == 1, "all are here"
     waiting.take(1, {}, now=200)
-    waiting.add(0, home=1, rows=1, slots=2, now=300)
+    waiting.add(2, home=1, rows=1, slots=2, now=300)
     late = 300 + CALL + 2 * SLOT
-    assert waiting.choose(late - 1) is None and waiting.choose(late) == 0
-    waiting.take(0, {}, now=late)
-    waiting.add(1, home=1, rows=1, slots=1, now=late)
-    assert waiting.choose(late) == 1, "home 0 did not come, and is not waited for again"
-    waiting.add(2, home=0, rows=1, slots=1, now=late)
-    waiting.take(1, {}, now=late)
-    assert waiting.choose(late) == 2, "where no weights are counted, nothing waits"
+    assert waiting.choose(late - 1) is None and waiting.choose(late) == 2
+    waiting.take(2, {}, now=late)
+    waiting.add(3, home=1, rows=1, slots=1, now=late)
+    assert waiting.choose(late) == 3, "home 0 did not come, and is not waited for again"
+
+
+def test_what_costs_nothing_never_waits() -> None:
+    waiting = Waiting({0: CallCost(0, 0, 0), 1: CallCost(0, 0, 0)})
+    for home in (0, 1):
+        waiting.add(0, home, rows=1, slots=1, now=0)
+    waiting.take(0, {}, now=0)
+    waiting.add(1, home=0, rows=1, slots=1, now=1)
+    assert waiting.choose(1) == 1
 
 
 def test_who_has_sent_rows_of_a_layer_is_not_waited_for_with_more_of_it() -> None:
@@ -271,25 +278,40 @@ def test_who_has_sent_rows_of_a_layer_is_not_waited_for_with_more_of_it() -> Non
     assert waiting.choose(200) == 1
 
 
-def test_a_layer_waits_no_longer_for_being_behind_another() -> None:
+@pytest.mark.parametrize("first", range(LAYERS))
+def test_the_home_that_is_ahead_waits_for_the_one_behind(first: int) -> None:
+    """Else they stay a layer apart; the step's end counts as one layer more."""
+    behind, ahead = first, (first + 1) % LAYERS
     waiting = Waiting(COSTS)
-    for home in (0, 1, 2):
+    waiting.add(ahead, home=0, rows=1, slots=4, now=0)
+    waiting.add(behind, home=1, rows=1, slots=4, now=1)
+    assert waiting.choose(1) == behind, "home 0 has been there"
+    waiting.take(behind, {}, now=1)
+    assert waiting.choose(2) is None and waiting.due == COST
+    waiting.add(ahead, home=1, rows=1, slots=4, now=3)
+    assert waiting.choose(3) == ahead
+    waiting.take(ahead, {}, now=3)
+    assert not waiting, "one call for both"
+
+
+@pytest.mark.parametrize("apart", range(1, LAYERS))
+def test_of_two_homes_the_nearer_way_round_says_who_is_behind(apart: int) -> None:
+    waiting = Waiting(COSTS)
+    waiting.add(0, home=0, rows=1, slots=1, now=0)
+    waiting.take(0, {}, now=0)
+    waiting.add(apart, home=1, rows=1, slots=1, now=1)
+    assert waiting.choose(1) == (None if apart <= LAYERS // 2 else apart)
+
+
+def test_what_stands_in_the_way_waits_no_longer() -> None:
+    waiting = Waiting(COSTS)
+    for home in (0, 1):
         waiting.add(0, home, rows=1, slots=4, now=0)
     waiting.take(0, {}, now=0)
     waiting.add(1, home=0, rows=1, slots=4, now=100)
-    waiting.add(0, home=1, rows=1, slots=1, now=101)
-    assert waiting.choose(101) == 0, "home 2 is expected with rows for layer 1, and for layer 0 nobody is"
-    waiting.take(0, {}, now=101)
-    assert waiting.choose(102) is None and waiting.due == 100 + COST
+    assert waiting.choose(101) is None
     waiting.hurry()
-    assert waiting.choose(102) == 1
-
-
-def test_rows_of_homes_in_other_layers_are_not_waited_for() -> None:
-    waiting = Waiting(COSTS)
-    for home, layer in ((0, 0), (1, 1)):
-        waiting.add(layer, home, rows=1, slots=1, now=0)
-    assert waiting.choose(0) == 0, "the first to come"
+    assert waiting.choose(101) == 1
 
 
 def test_many_rows_go_first_but_not_for_ever() -> None:
@@ -301,5 +323,6 @@ def test_many_rows_go_first_but_not_for_ever() -> None:
     waiting.take(1, {1: 7}, now=2)
     assert waiting.choose(2) == 1, "what a call had no room for is the first of all"
     waiting.take(1, {}, now=3)
-    waiting.add(1, home=0, rows=5, slots=4, now=4)
-    assert waiting.choose(4) == 0, "who sends many rows is not waited for"
+    waiting.take(0, {}, now=3)
+    waiting.add(2, home=0, rows=5, slots=4, now=4)
+    assert waiting.choose(4) == 2, "who sends many rows is not waited for"
