@@ -265,7 +265,7 @@ def attend(queries: Tensor, cache: KVCache, layer: int, plan: AttentionPlan, lo:
         cache.values[layer].data_ptr(),
         width,
         out[lo:].data_ptr(),
-        scratch(page + width + LANES),
+        scratch(heads // kv * (page + width + 2 * LANES)),
     )
 
 

@@ -88,7 +88,7 @@ def dispatch(
     answers = reserve(len(plan.pairs), hidden.shape[1], dtype=engine.answer_dtype(table))
     rows = Rows(plan, table, answers, engine.dtype, Future(len(messages) + len(parcels)), fast)
     first, end = (near[0].lo, near[-1].hi) if near else (0, 0)
-    packed = hidden[torch.from_numpy(plan.pairs[first:end] // covers.shape[1])]  # [R, D]
+    packed = hidden.index_select(0, torch.from_numpy(plan.pairs[first:end] // covers.shape[1]))  # [R, D]
     engine.recorder.lap(PACK, layer, engine.recorder.dispatching, len(plan.pairs))
     if relay is not None:
         weights = route.weights.numpy().ravel()[plan.pairs]

@@ -104,7 +104,7 @@ class Relay:
         engine, sizes = self._engine, self._sizes
         name = Name(engine.rank, layer, microbatch, parcel.piece, parcel.node)
         sent = Sent(name, parcel, take, back)
-        rows = as_bytes(hidden[torch.from_numpy(parcel.tokens)])
+        rows = as_bytes(hidden.index_select(0, torch.from_numpy(parcel.tokens)))
         own = weights[parcel.places] if self.fast else None
         frame = write_parcel(name, parcel.slots, parcel.counts, parcel.row_of_pair, own, rows, sizes.rows[layer])
         relay = self._ways.relay_of(engine.rank)

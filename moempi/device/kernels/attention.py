@@ -12,8 +12,11 @@ from typing import Any
 
 from numba import njit, types
 
+from moempi.device.kernels.blocks import by_blocks
 from moempi.device.kernels.elements import Elements, exp, get_float, put_float
 from moempi.device.kernels.lanes import (
+    LANES,
+    VECTOR,
     add,
     divide,
     first_else,
@@ -22,12 +25,14 @@ from moempi.device.kernels.lanes import (
     largest,
     load,
     multiply,
+    multiply_add,
     read_float,
     read_int,
     splat,
     store,
     subtract,
     total,
+    write_float,
 )  # fmt: skip
 from moempi.device.kernels.rows import scaling
 
@@ -115,140 +120,99 @@ def build_turn_heads(e: Elements) -> Callable[..., None]:
     return turn_heads
 
 
-def scoring(e: Elements) -> Callable[..., Any]:
-    """Scores of a page."""
-    size, get_all = e.size, e.get_all
-
-    @njit
-    def scores_of(query, dim, keys, count, weights):
-        """Products of a query with the keys of a page into `weights`, -inf from `count` on; their largest."""
-        a = splat(0.0)
-        b = splat(0.0)
-        c = splat(0.0)
-        d = splat(0.0)
-        for i in range(dim):
-            q = splat(read_float(query + 4 * i))
-            at = keys + size * i * PAGE
-            a = fused(q, get_all(at), a)
-            b = fused(q, get_all(at + 16 * size), b)
-            c = fused(q, get_all(at + 32 * size), c)
-            d = fused(q, get_all(at + 48 * size), d)
-        if count < PAGE:
-            lowest = splat(LOWEST)
-            a = first_else(a, count, lowest)
-            b = first_else(b, count - 16, lowest)
-            c = first_else(c, count - 32, lowest)
-            d = first_else(d, count - 48, lowest)
-        store(weights, a)
-        store(weights + 64, b)
-        store(weights + 128, c)
-        store(weights + 192, d)
-        return largest(larger(larger(a, b), larger(c, d)))
-
-    return scores_of
+@njit
+def hide(scores, count):
+    """The scores of a page with -inf from `count` on."""
+    lowest = splat(LOWEST)
+    for j in range(0, PAGE, 16):
+        store(scores + 4 * j, first_else(load(scores + 4 * j), count - j, lowest))
 
 
 @njit
-def weigh(weights, peak):
+def highest_of(scores):
+    """The largest score of a page."""
+    low, high = larger(load(scores), load(scores + 64)), larger(load(scores + 128), load(scores + 192))
+    return largest(larger(low, high))
+
+
+@njit
+def weigh(scores, peak):
     """Scores -> exp(score - peak), in place; their sum, lane by lane."""
     sums = splat(0.0)
-    for j in range(4):
-        v = exp(subtract(load(weights + 64 * j), splat(peak)))
-        store(weights + 64 * j, v)
+    for j in range(0, PAGE, 16):
+        v = exp(subtract(load(scores + 4 * j), splat(peak)))
+        store(scores + 4 * j, v)
         sums = add(sums, v)
     return sums
 
 
 def mixing(e: Elements) -> Callable[..., Any]:
     """Weighted values of a page."""
-    size, get_all = e.size, e.get_all
+    size = e.size
+    mix_four, mix_one = (by_blocks(vectors, e.read, multiply_add, resumed=True) for vectors in (4, 1))
 
     @njit
-    def mix_four(weights, count, values, width, at, scale, mixed):
-        """`mixed` [64 lanes from `at`] = mixed * scale + sum of weight * value, key by key."""
-        a = multiply(load(mixed + 4 * at), scale)
-        b = multiply(load(mixed + 4 * at + 64), scale)
-        c = multiply(load(mixed + 4 * at + 128), scale)
-        d = multiply(load(mixed + 4 * at + 192), scale)
-        for j in range(count):
-            w = splat(read_float(weights + 4 * j))
-            v = values + size * (j * width + at)
-            a = fused(w, get_all(v), a)
-            b = fused(w, get_all(v + 16 * size), b)
-            c = fused(w, get_all(v + 32 * size), c)
-            d = fused(w, get_all(v + 48 * size), d)
-        store(mixed + 4 * at, a)
-        store(mixed + 4 * at + 64, b)
-        store(mixed + 4 * at + 128, c)
-        store(mixed + 4 * at + 192, d)
-
-    @njit
-    def mix_two(weights, count, values, width, at, scale, mixed):
-        """The same for 32 lanes, of what four times sixteen leave over."""
-        a = multiply(load(mixed + 4 * at), scale)
-        b = multiply(load(mixed + 4 * at + 64), scale)
-        for j in range(count):
-            w = splat(read_float(weights + 4 * j))
-            v = values + size * (j * width + at)
-            a = fused(w, get_all(v), a)
-            b = fused(w, get_all(v + 16 * size), b)
-        store(mixed + 4 * at, a)
-        store(mixed + 4 * at + 64, b)
-
-    @njit
-    def mix_one(weights, count, values, width, at, scale, mixed):
-        """The same for 16 lanes, where the width is an odd number of sixteens."""
-        a = multiply(load(mixed + 4 * at), scale)
-        for j in range(count):
-            a = fused(splat(read_float(weights + 4 * j)), get_all(values + size * (j * width + at)), a)
-        store(mixed + 4 * at, a)
-
-    @njit
-    def mix(weights, count, values, width, scale, mixed):
+    def mix(weights, n, count, values, width, mixed):
+        """`mixed` [n, width] += weights [n, PAGE] times values [count, width], key by key."""
+        line, gap = size * width, size * LANES
         at = 0
         while at + 64 <= width:
-            mix_four(weights, count, values, width, at, scale, mixed)
+            mix_four(weights, n, 4 * PAGE, count, values + size * at, line, gap, mixed + 4 * at, 4 * width)
             at += 64
-        if at + 32 <= width:
-            mix_two(weights, count, values, width, at, scale, mixed)
-            at += 32
-        if at < width:
-            mix_one(weights, count, values, width, at, scale, mixed)
+        while at < width:
+            mix_one(weights, n, 4 * PAGE, count, values + size * at, line, gap, mixed + 4 * at, 4 * width)
+            at += 16
 
     return mix
 
 
 def build_attend(e: Elements) -> Callable[..., None]:
     """The kernel of attention."""
-    size, put, scores_of, mix = e.size, e.put, scoring(e), mixing(e)
+    size, put, mix = e.size, e.put, mixing(e)
+    scores_of = by_blocks(PAGE // LANES, e.read, multiply_add)
 
     def attend(queries, n, heads, kv, dim, positions, lines, pages, most, keys, values, width, out, scratch):
-        """Causal attention of n rows, page after page, with an online softmax.
+        """Causal attention of n rows, page after page, with an online softmax; heads that share keys go together.
 
         queries: float32 [n, heads, dim], scaled; lines: int64 [n], line of `pages` int64 [.., most] of each row;
-        out: [n, heads, dim] of E; scratch: float32, PAGE + width + 16.
+        out: [n, heads, dim] of E; scratch: float32, heads / kv * (PAGE + width + 2 * LANES).
         """
         group = heads // kv
-        mixed = scratch + 4 * PAGE
+        mixed = scratch + group * 4 * PAGE
+        sums = mixed + group * 4 * width  # [group, LANES]
+        peaks = sums + group * VECTOR
         for t in range(n):
             last = read_int(positions + 8 * t)
             row_pages = pages + 8 * most * read_int(lines + 8 * t)
-            for h in range(heads):
-                query = queries + 4 * (t * heads + h) * dim
-                for i in range(0, width, 16):
+            for g in range(kv):
+                first = t * heads + g * group
+                for h in range(group):
+                    write_float(peaks + 4 * h, types.float32(LOWEST))
+                    store(sums + VECTOR * h, splat(0.0))
+                for i in range(0, group * width, 16):
                     store(mixed + 4 * i, splat(0.0))
-                peak = types.float32(LOWEST)
-                sums = splat(0.0)
                 for block in range(last // PAGE + 1):
-                    page = (read_int(row_pages + 8 * block) * kv + h // group) * PAGE * width * size
+                    page = (read_int(row_pages + 8 * block) * kv + g) * PAGE * width * size
                     count = min(PAGE, last + 1 - block * PAGE)
-                    highest = max(peak, scores_of(query, dim, keys + page, count, scratch))
-                    scale = exp(splat(peak - highest))
-                    peak = highest
-                    sums = fused(sums, scale, weigh(scratch, peak))
-                    mix(scratch, count, values + page, width, scale, mixed)
-                whole = splat(total(sums))
-                for i in range(0, dim, 16):
-                    put(out + size * ((t * heads + h) * dim + i), divide(load(mixed + 4 * i), whole), dim - i)
+                    scores_of(
+                        queries + 4 * first * dim, group, 4 * dim, dim, keys + page, size * PAGE, size * LANES,
+                        scratch, 4 * PAGE,
+                    )  # fmt: skip
+                    for h in range(group):
+                        scores = scratch + 4 * PAGE * h
+                        if count < PAGE:
+                            hide(scores, count)
+                        peak = read_float(peaks + 4 * h)
+                        highest = max(peak, highest_of(scores))
+                        write_float(peaks + 4 * h, highest)
+                        scale = exp(splat(peak - highest))
+                        store(sums + VECTOR * h, fused(load(sums + VECTOR * h), scale, weigh(scores, highest)))
+                        for i in range(h * width, (h + 1) * width, 16):
+                            store(mixed + 4 * i, multiply(load(mixed + 4 * i), scale))
+                    mix(scratch, group, count, values + page, width, mixed)
+                for h in range(group):
+                    whole, to = splat(total(load(sums + VECTOR * h))), out + size * (first + h) * dim
+                    for i in range(0, dim, 16):
+                        put(to + size * i, divide(load(mixed + 4 * (h * width + i)), whole), dim - i)
 
     return attend

@@ -8,6 +8,7 @@ from typing import Any
 
 from numba import njit
 
+from moempi.device.kernels.blocks import Read
 from moempi.device.kernels.lanes import (
     add,
     copy_float,
@@ -21,6 +22,8 @@ from moempi.device.kernels.lanes import (
     load_half_first,
     multiply,
     power_of_two,
+    read_halves,
+    read_lanes,
     smaller,
     splat,
     store,
@@ -38,7 +41,7 @@ class Elements:
     """How a kernel reads and writes E; `get` and `put` take the number of values that are left of a row."""
 
     size: int  # bytes
-    get_all: Callable[..., Any]
+    read: Read  # for `blocks`
     get: Callable[..., Any]
     put: Callable[..., Any]
     copy: Callable[..., Any]  # of a single value
@@ -60,7 +63,8 @@ def elements(half: bool) -> Elements:
         else:
             put_first(at, value, n)
 
-    return Elements(2 if half else 4, get_all, get, put, copy_half if half else copy_float)
+    size, read, copy = (2, read_halves, copy_half) if half else (4, read_lanes, copy_float)
+    return Elements(size, read, get, put, copy)
 
 
 @njit

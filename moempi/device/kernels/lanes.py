@@ -16,6 +16,7 @@ from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
+VECTOR = 4 * LANES  # bytes
 _FLOAT, _INT, _HALF = ir.FloatType(), ir.IntType(32), ir.IntType(16)
 _VECTOR, _INTS = ir.VectorType(_FLOAT, LANES), ir.VectorType(_INT, LANES)
 
@@ -120,12 +121,6 @@ class _Bfloat(ir.types.Type):
         return hash(_Bfloat)
 
 
-def _dot_pairs(builder: ir.IRBuilder, x: Any, y: Any, total: Any) -> Any:
-    pairs = ir.VectorType(_Bfloat(), 2 * LANES)
-    values = [total, builder.bitcast(x, pairs), builder.bitcast(y, pairs)]
-    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _VECTOR, values)
-
-
 def _constant(value: int) -> Any:
     return ir.Constant(_INTS, [value] * LANES)
 
@@ -162,16 +157,49 @@ def _where(builder: ir.IRBuilder, value: Any, n: Any, other: Any) -> Any:
 
 
 def _zero_below(builder: ir.IRBuilder, value: Any, x: Any, limit: Any) -> Any:
-    return builder.select(builder.fcmp_ordered("<", x, _splat(builder, limit)), ir.Constant(_VECTOR, None), value)
+    return builder.select(builder.fcmp_ordered("<", x, _splat(builder, limit)), ZERO, value)
 
 
+def read_lanes(builder: ir.IRBuilder, address: Any) -> Any:
+    """Sixteen float32."""
+    return _read(builder, address, _VECTOR, 4)
+
+
+def read_halves(builder: ir.IRBuilder, address: Any) -> Any:
+    """Sixteen bfloat16, as float32."""
+    return _widen(builder, _read(builder, address, ir.VectorType(_HALF, LANES), 2))
+
+
+def write_lanes(builder: ir.IRBuilder, address: Any, value: Any) -> None:
+    """Sixteen float32."""
+    _write(builder, address, value, 4)
+
+
+def splat_at(builder: ir.IRBuilder, address: Any) -> Any:
+    """One float32, sixteen times."""
+    return _splat(builder, _read(builder, address, _FLOAT, 4))
+
+
+def multiply_add(builder: ir.IRBuilder, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z, rounded once."""
+    return _call(builder, "llvm.fma.v16f32", _VECTOR, [x, y, z])
+
+
+def dot_pairs(builder: ir.IRBuilder, x: Any, y: Any, total: Any) -> Any:
+    """x0 * y0 + x1 * y1 + total, of lanes that are pairs of bfloat16."""
+    pairs = ir.VectorType(_Bfloat(), 2 * LANES)
+    values = [total, builder.bitcast(x, pairs), builder.bitcast(y, pairs)]
+    return _call(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _VECTOR, values)
+
+
+ZERO = ir.Constant(_VECTOR, None)
 _f, _i, _v = types.float32, types.int64, lanes
 
-load = _operation(_v, (_i,), lambda b, a: _read(b, a, _VECTOR, 4))
+load = _operation(_v, (_i,), read_lanes)
 load_first = _operation(_v, (_i, _i), lambda b, a, n: _masked_read(b, a, n, _FLOAT, "f32"))
-store = _operation(types.void, (_i, _v), lambda b, a, v: _write(b, a, v, 4))
+store = _operation(types.void, (_i, _v), write_lanes)
 store_first = _operation(types.void, (_i, _v, _i), lambda b, a, v, n: _masked_write(b, a, v, n, "f32"))
-load_half = _operation(_v, (_i,), lambda b, a: _widen(b, _read(b, a, ir.VectorType(_HALF, LANES), 2)))
+load_half = _operation(_v, (_i,), read_halves)
 load_half_first = _operation(_v, (_i, _i), lambda b, a, n: _widen(b, _masked_read(b, a, n, _HALF, "i16")))
 store_half = _operation(types.void, (_i, _v), lambda b, a, v: _write(b, a, _narrow(b, v), 2))
 store_half_first = _operation(types.void, (_i, _v, _i), lambda b, a, v, n: _masked_write(b, a, _narrow(b, v), n, "i16"))
@@ -188,8 +216,7 @@ add = _operation(_v, (_v, _v), lambda b, x, y: b.fadd(x, y))
 subtract = _operation(_v, (_v, _v), lambda b, x, y: b.fsub(x, y))
 multiply = _operation(_v, (_v, _v), lambda b, x, y: b.fmul(x, y))
 divide = _operation(_v, (_v, _v), lambda b, x, y: b.fdiv(x, y))
-fused = _operation(_v, (_v, _v, _v), lambda b, x, y, z: _call(b, "llvm.fma.v16f32", _VECTOR, [x, y, z]))  # x * y + z
-dot_pairs = _operation(_v, (_v, _v, _v), _dot_pairs)  # lanes are pairs of bfloat16: x0 * y0 + x1 * y1 + total
+fused = _operation(_v, (_v, _v, _v), multiply_add)
 larger = _operation(_v, (_v, _v), _larger)  # y where either is not a number
 smaller = _operation(_v, (_v, _v), lambda b, x, y: b.select(b.fcmp_ordered("<", x, y), x, y))
 to_whole = _operation(_v, (_v,), lambda b, x: _call(b, "llvm.rint.v16f32", _VECTOR, [x]))

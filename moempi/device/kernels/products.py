@@ -11,88 +11,27 @@ from typing import Any
 
 from numba import njit
 
+from moempi.device.kernels.blocks import by_blocks
 from moempi.device.kernels.elements import Elements, put_float, silu
-from moempi.device.kernels.lanes import add, fused, load, multiply, read_float, read_int, splat, store
+from moempi.device.kernels.lanes import LANES, VECTOR, add, load, multiply, multiply_add, read_int, store
 
-ROWS = 4  # of a block
-
-
-def times_four(e: Elements) -> Callable[..., Any]:
-    """A block of four rows."""
-    panel, get_all = 16 * e.size, e.get_all
-
-    @njit
-    def four_rows(x, inputs, stride, weight, panels, out, out_stride):
-        """Four rows of float32 times a packed weight -> float32 rows."""
-        for p in range(panels):
-            w = weight + p * inputs * panel
-            a = splat(0.0)
-            b = splat(0.0)
-            c = splat(0.0)
-            d = splat(0.0)
-            for i in range(inputs):
-                v = get_all(w + panel * i)
-                at = x + 4 * i
-                a = fused(v, splat(read_float(at)), a)
-                b = fused(v, splat(read_float(at + 4 * stride)), b)
-                c = fused(v, splat(read_float(at + 8 * stride)), c)
-                d = fused(v, splat(read_float(at + 12 * stride)), d)
-            to = out + 64 * p
-            store(to, a)
-            store(to + 4 * out_stride, b)
-            store(to + 8 * out_stride, c)
-            store(to + 12 * out_stride, d)
-
-    return four_rows
-
-
-def times_one(e: Elements) -> Callable[..., Any]:
-    """What does not fill a block."""
-    panel, get_all = 16 * e.size, e.get_all
-
-    @njit
-    def one_row(x, inputs, weight, panels, out):
-        """The same for one row: four panels at a time, so that additions need not wait for each other."""
-        whole_panel = inputs * panel
-        whole = panels // 4 * 4
-        for p in range(0, whole, 4):
-            w = weight + p * whole_panel
-            a = splat(0.0)
-            b = splat(0.0)
-            c = splat(0.0)
-            d = splat(0.0)
-            for i in range(inputs):
-                v = splat(read_float(x + 4 * i))
-                at = w + panel * i
-                a = fused(get_all(at), v, a)
-                b = fused(get_all(at + whole_panel), v, b)
-                c = fused(get_all(at + 2 * whole_panel), v, c)
-                d = fused(get_all(at + 3 * whole_panel), v, d)
-            store(out + 64 * p, a)
-            store(out + 64 * (p + 1), b)
-            store(out + 64 * (p + 2), c)
-            store(out + 64 * (p + 3), d)
-        for p in range(whole, panels):
-            a = splat(0.0)
-            for i in range(inputs):
-                a = fused(get_all(weight + p * whole_panel + panel * i), splat(read_float(x + 4 * i)), a)
-            store(out + 64 * p, a)
-
-    return one_row
+ROWS = 4  # that a kernel takes at a time
 
 
 def times(e: Elements) -> Callable[..., Any]:
     """Rows of float32 times a packed weight of E."""
-    four_rows, one_row = times_four(e), times_one(e)
+    size = LANES * e.size
+    times_four, times_one = (by_blocks(panels, e.read, multiply_add) for panels in (4, 1))
 
     @njit
     def rows_times(x, n, inputs, stride, weight, panels, out, out_stride):
-        """Up to four rows."""
-        if n == ROWS:
-            four_rows(x, inputs, stride, weight, panels, out, out_stride)
-        else:
-            for r in range(n):
-                one_row(x + 4 * r * stride, inputs, weight, panels, out + 4 * r * out_stride)
+        """n rows, `stride` values apart -> float32 rows, `out_stride` apart; four panels at a time."""
+        panel = inputs * size
+        whole = panels // 4 * 4
+        for p in range(0, whole, 4):
+            times_four(x, n, 4 * stride, inputs, weight + p * panel, size, panel, out + VECTOR * p, 4 * out_stride)
+        for p in range(whole, panels):
+            times_one(x, n, 4 * stride, inputs, weight + p * panel, size, panel, out + VECTOR * p, 4 * out_stride)
 
     return rows_times
 

@@ -9,86 +9,21 @@ on the number of rows, its bits do not.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from numba import njit, types
+from numba import types
 
 from moempi.device.kernels import PANEL, TILE
+from moempi.device.kernels.blocks import by_blocks
 from moempi.device.kernels.elements import Elements
-from moempi.device.kernels.lanes import dot_pairs, fused, load, read_float, splat, store, write_float
+from moempi.device.kernels.lanes import LANES, VECTOR, dot_pairs, load, multiply_add, read_lanes, write_float
 
-VECTOR = 64  # bytes; four are a line: what a panel has for one input (or pair), and the sums of a row with a panel
-LINE = 4 * VECTOR
-
-
-def times_panel(pairs: bool) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Four rows [R, length], two, and one times a panel [length, PANEL] -> float32 [R, PANEL].
-
-    Args:
-        pairs: of bfloat16 are what a row and a panel have `length` of; else it is float32.
-    """
-    times = dot_pairs if pairs else fused
-
-    @njit
-    def four(x, length, panel, out):
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(0.0)
-        c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = splat(0.0)
-        for i in range(length):
-            at = panel + LINE * i
-            w0, w1, w2, w3 = load(at), load(at + VECTOR), load(at + 2 * VECTOR), load(at + 3 * VECTOR)
-            from_x = x + 4 * i
-            v = splat(read_float(from_x))
-            a0, a1, a2, a3 = times(w0, v, a0), times(w1, v, a1), times(w2, v, a2), times(w3, v, a3)
-            v = splat(read_float(from_x + 4 * length))
-            b0, b1, b2, b3 = times(w0, v, b0), times(w1, v, b1), times(w2, v, b2), times(w3, v, b3)
-            v = splat(read_float(from_x + 8 * length))
-            c0, c1, c2, c3 = times(w0, v, c0), times(w1, v, c1), times(w2, v, c2), times(w3, v, c3)
-            v = splat(read_float(from_x + 12 * length))
-            d0, d1, d2, d3 = times(w0, v, d0), times(w1, v, d1), times(w2, v, d2), times(w3, v, d3)
-        keep(out, a0, a1, a2, a3)
-        keep(out + LINE, b0, b1, b2, b3)
-        keep(out + 2 * LINE, c0, c1, c2, c3)
-        keep(out + 3 * LINE, d0, d1, d2, d3)
-
-    @njit
-    def two(x, length, panel, out):
-        a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = splat(0.0)
-        for i in range(length):
-            at = panel + LINE * i
-            w0, w1, w2, w3 = load(at), load(at + VECTOR), load(at + 2 * VECTOR), load(at + 3 * VECTOR)
-            v = splat(read_float(x + 4 * i))
-            a0, a1, a2, a3 = times(w0, v, a0), times(w1, v, a1), times(w2, v, a2), times(w3, v, a3)
-            v = splat(read_float(x + 4 * i + 4 * length))
-            b0, b1, b2, b3 = times(w0, v, b0), times(w1, v, b1), times(w2, v, b2), times(w3, v, b3)
-        keep(out, a0, a1, a2, a3)
-        keep(out + LINE, b0, b1, b2, b3)
-
-    @njit
-    def one(x, length, panel, out):
-        a0 = a1 = a2 = a3 = splat(0.0)
-        for i in range(length):
-            at = panel + LINE * i
-            v = splat(read_float(x + 4 * i))
-            a0, a1 = times(load(at), v, a0), times(load(at + VECTOR), v, a1)
-            a2, a3 = times(load(at + 2 * VECTOR), v, a2), times(load(at + 3 * VECTOR), v, a3)
-        keep(out, a0, a1, a2, a3)
-
-    return four, two, one
-
-
-@njit
-def keep(out, a, b, c, d):
-    """One row of a panel's outputs."""
-    store(out, a)
-    store(out + VECTOR, b)
-    store(out + 2 * VECTOR, c)
-    store(out + 3 * VECTOR, d)
+LINE = PANEL // LANES * VECTOR  # bytes that a panel has for one input (or pair), and of a row's sums with it
 
 
 def build_wide_product(e: Elements) -> Callable[..., None]:
     """The kernel of a product with a large weight."""
     size, put, copy = e.size, e.put, e.copy
-    four, two, one = times_panel(pairs=size == 2)
+    times_panel = by_blocks(PANEL // LANES, read_lanes, dot_pairs if size == 2 else multiply_add)
 
     def wide_product(x, n, inputs, weight, outputs, first, last, out, scratch):
         """Rows [n, inputs] of E times panels [first, last) of a packed weight -> their columns of [n, outputs] of E.
@@ -108,15 +43,7 @@ def build_wide_product(e: Elements) -> Callable[..., None]:
                         copy(copies + 4 * r * length + size * i, x + size * ((t + r) * inputs + i))
             for p in range(first, last):
                 panel = weight + p * LINE * length
-                r = 0
-                while r + 4 <= rows:
-                    four(source + 4 * r * length, length, panel, sums + LINE * r)
-                    r += 4
-                if r + 2 <= rows:
-                    two(source + 4 * r * length, length, panel, sums + LINE * r)
-                    r += 2
-                if r < rows:
-                    one(source + 4 * r * length, length, panel, sums + LINE * r)
+                times_panel(source, rows, 4 * length, length, panel, LINE, VECTOR, sums, LINE)
                 begin = PANEL * p
                 for r in range(rows):
                     for o in range(begin, min(begin + PANEL, outputs), 16):
