@@ -101,7 +101,8 @@ class RunOptions(Section):
     capacity: int = option(8, "sequences that a home rank works on at the same time", "sequences", ge=1)
     prefill_tokens: int = option(512, "most tokens of one microbatch in a step", "tokens", ge=1)
     microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = option(
-        "auto", "microbatches in flight on every rank; auto: 2 where expert calls are large, else 1; GPUs: 3 in prefill"
+        "auto",
+        "microbatches in flight on every rank; auto: 2 in prefill (GPUs: 3), in decode 1, or 2 if calls are large",
     )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "what the ranks compute on; auto: a GPU each where torch sees any, else the CPU"
@@ -165,7 +166,7 @@ class ExchangeOptions(Section):
 
 
 class EngineOptions(Section):
-    slice: Seconds = option(0.002, "longest computation between two looks at the network", "s")
+    slice: Seconds = option(0.004, "longest computation between two looks at the network", "s")
     stall_timeout: Seconds = option(
         300.0, "an unanswered dispatch older than this, or a rank silent for longer, ends the job", "s"
     )

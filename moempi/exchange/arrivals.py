@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,11 @@ class Arrival:
     charged: int = 0  # bytes of the arrival budget that it holds
     reply: Callable[[np.ndarray], MPI.Request] | None = None  # sends its answer, where it came from a relay
 
+    @property
+    def group(self) -> tuple[int, int]:
+        """What the homes' microbatches of one number have in common: its layer and that number."""
+        return self.layer, self.microbatch
+
 
 @dataclass
 class _Section:
@@ -73,6 +78,9 @@ class Experts:
         self._slots = slots
         self._queues: dict[SlotKey, deque[_Section]] = {}
         self._rows: dict[SlotKey, int] = {}  # rows here, only of slots that have any
+        self._ages: dict[tuple[int, int], int] = {}  # of (layer, microbatch), by which of them the first rows came
+        self._here: Counter[tuple[int, int]] = Counter()  # arrivals of each that are not complete
+        self._came = 0
         self._costs = call_costs(slots, threads)
         self._open: set[int] = set()  # layers whose rows do not wait, any more or ever
         self.waiting = Waiting(self._costs)
@@ -102,6 +110,10 @@ class Experts:
         else:
             slots = sum(map(bool, arrival.rows_per_slot))
             self.waiting.add(layer, arrival.source, arrival.left, slots, now)
+        if not self._here[arrival.group]:
+            self._came += 1
+            self._ages[arrival.group] = self._came
+        self._here[arrival.group] += 1
         lo = 0
         for number, rows in enumerate(arrival.rows_per_slot):
             if rows:
@@ -111,7 +123,10 @@ class Experts:
                 lo += rows
 
     def serve(self, most_rows: int) -> tuple[int, int, list[Arrival]]:
-        """One call of the expert that most rows wait for; small ones of its layer go together.
+        """One call of an expert; small ones of its layer go together.
+
+        Whose rows came first is served first, so that one microbatch computes while another attends; all homes' ones
+        of a number are one. Of its experts it is the one that most rows wait for.
 
         Returns:
             Its layer, the rows computed, and the arrivals that are complete with them.
@@ -120,7 +135,7 @@ class Experts:
         while self.waiting and (layer := self.waiting.choose(now)) is not None:
             self.waiting.take(layer, {}, now)
             self._open.add(layer)
-        key = max((key for key in self._rows if key[0] in self._open), key=self._rows.__getitem__)
+        key = min((key for key in self._rows if key[0] in self._open), key=self._turn)
         small = self._slots[key].small
         taken = self._compute(key, most_rows) if small is None else self._compute_layer(key[0], most_rows, small)
         finished, rows = [], 0
@@ -130,10 +145,14 @@ class Experts:
             rows += n
             if section.arrival.left == 0:
                 finished.append(section.arrival)
+                self._here[section.arrival.group] -= 1
         self.rows_computed += rows
         if not any(layer == key[0] for layer, _ in self._rows):
             self._open.remove(key[0])
         return key[0], rows, finished
+
+    def _turn(self, key: SlotKey) -> tuple[int, int]:
+        return self._ages[self._queues[key][0].arrival.group], -self._rows[key]
 
     def _compute(self, key: SlotKey, most_rows: int) -> list[_Section]:
         """All arrivals of a slot as one product."""

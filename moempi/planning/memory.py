@@ -27,7 +27,8 @@ _WAYS_OUT = "lower run.capacity, memory.kv_tokens, run.prefill_tokens or exchang
 _FLOAT32 = 4
 # Below this many rows an expert call is bound by reading the weights, and a second microbatch reads them twice.
 _ROWS_FOR_TWO = 64
-_PREFILLING = 3  # microbatches that keep a GPU busy in prefill: one computes, others are on their way
+# Microbatches that keep a rank busy in prefill: one computes, others are on their way.
+_PREFILLING, _PREFILLING_ON_GPU = 2, 3
 
 
 @dataclass(frozen=True)
@@ -223,14 +224,16 @@ class Microbatches(NamedTuple):
 
 
 def microbatches_auto(config: ModelConfig, n_ranks: int, capacity: int, *, gpu: bool) -> Microbatches:
-    """For `run.microbatches` = "auto": 2 where the mean expert call has rows enough in decode, else 1.
+    """For `run.microbatches` = "auto".
 
-    With fewer rows an expert call takes as long as reading the weights, so that two calls take twice as long. In
-    prefill there are rows enough, and on a GPU the host's time and the messages pass under what it computes meanwhile.
+    With few rows an expert call takes as long as reading the weights, so that two calls take twice as long: in decode
+    there are 2 where the mean call has rows enough, else 1. In prefill there are rows enough, and one microbatch's
+    messages, on a GPU the host's time too, pass under what another one computes.
     """
     rows = capacity * config.top_k * n_ranks / config.n_experts
     decoding = 1 if n_ranks == 1 or rows < _ROWS_FOR_TWO else 2
-    return Microbatches(max(decoding, min(_PREFILLING, capacity)) if gpu else decoding, decoding)
+    prefilling = _PREFILLING_ON_GPU if gpu else _PREFILLING if n_ranks > 1 else 1
+    return Microbatches(max(decoding, min(prefilling, capacity)), decoding)
 
 
 # ---------------------------------------------------------------- limits

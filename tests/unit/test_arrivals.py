@@ -43,9 +43,9 @@ def experts(monkeypatch: pytest.MonkeyPatch, *, large: bool, leaves: int = 1) ->
     )
 
 
-def arrival(source: int, rows_per_slot: tuple[int, ...], layer: int = 0) -> Arrival:
+def arrival(source: int, rows_per_slot: tuple[int, ...], layer: int = 0, microbatch: int = 0) -> Arrival:
     n = sum(rows_per_slot)
-    return Arrival(source, 0, layer, 0, torch.randn(n, D), torch.full((n, D), torch.nan), rows_per_slot, n)
+    return Arrival(source, 0, layer, microbatch, torch.randn(n, D), torch.full((n, D), torch.nan), rows_per_slot, n)
 
 
 def drain(found: Experts) -> list[Arrival]:
@@ -110,3 +110,25 @@ def test_many_rows_do_not_wait(monkeypatch: pytest.MonkeyPatch, clock: list[int]
     drain(found)
     found.add(arrival(0, (arrivals.FEW_ROWS * SLOTS, 0, 0), layer=1))
     assert len(drain(found)) == 1
+
+
+def test_the_microbatch_that_came_first_is_served_first_and_of_its_experts_the_fullest(
+    monkeypatch: pytest.MonkeyPatch, clock: list[int]
+) -> None:
+    found = experts(monkeypatch, large=True)
+    many = arrivals.FEW_ROWS * SLOTS
+    first = arrival(0, (many, 2 * many, 0))
+    later = arrival(0, (0, 0, 9 * many), layer=1, microbatch=1)
+    of_another_home = arrival(1, (many, many, 0))
+    for one in (first, later, of_another_home):
+        found.add(one)
+    served = []
+    while found:
+        served.append(found.serve(2**62)[:2])
+    assert served == [(0, 3 * many), (0, 2 * many), (1, 9 * many)]
+    again = arrival(0, (0, 0, many))
+    for one in (arrival(0, (1, 0, many), layer=1), again):
+        found.add(one)
+    while found:
+        layer, _, ended = found.serve(2**62)
+    assert layer == 0 and ended == [again], "a microbatch that comes again is the last to have come"

@@ -153,20 +153,21 @@ def test_the_budget_holds_one_largest_message_and_its_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_ranks", "capacity", "expected"),
+    ("n_ranks", "capacity", "prefilling", "decoding"),
     [
-        (1, 1000, 1),  # alone: nothing is under way while it computes
-        (4, 39, 1),  # 39 x 2 x 4 / 5 = 62.4 rows per expert call
-        (4, 40, 2),  # 64 rows
+        (1, 1000, 1, 1),  # alone: nothing is under way while it computes
+        (4, 39, 2, 1),  # 39 x 2 x 4 / 5 = 62.4 rows per expert call
+        (4, 40, 2, 2),  # 64 rows
     ],
 )
-def test_microbatches_auto(n_ranks: int, capacity: int, expected: int) -> None:
-    assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=False) == (expected, expected)
-    assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=True) == (3, expected)
+def test_microbatches_auto(n_ranks: int, capacity: int, prefilling: int, decoding: int) -> None:
+    assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=False) == (prefilling, decoding)
+    assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=True) == (3, decoding)
 
 
-def test_a_gpu_has_no_more_microbatches_than_sequences() -> None:
-    assert [memory.microbatches_auto(SMALL, 2, n, gpu=True).n for n in (1, 2, 3, 4)] == [1, 2, 3, 3]
+@pytest.mark.parametrize(("gpu", "expected"), [(False, [1, 2, 2, 2]), (True, [1, 2, 3, 3])])
+def test_no_more_microbatches_than_sequences(gpu: bool, expected: list[int]) -> None:
+    assert [memory.microbatches_auto(SMALL, 2, n, gpu=gpu).n for n in (1, 2, 3, 4)] == expected
 
 
 # ---------------------------------------------------------------- limits
