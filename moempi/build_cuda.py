@@ -9,7 +9,7 @@ import torch
 from moempi.build import Rank, load_slots
 from moempi.device.cuda import Cuda
 from moempi.device.cuda_experts import Layer, Pieces, Scratch, Stack
-from moempi.device.cuda_memory import MessageMemory, block_bytes
+from moempi.device.cuda_memory import MessageMemory, Rows, block_bytes
 from moempi.device.tile_plan import plan_step
 from moempi.exchange.arrivals_cuda import CudaExperts
 from moempi.exchange.dispatch_cuda import on_gpu
@@ -27,6 +27,7 @@ from moempi.model.cache import KVCache
 from moempi.model.expert import leaf_range
 from moempi.model.network import Network
 from moempi.planning import memory as plan
+from moempi.planning.gpu_memory import steady_message_bytes, steady_rows
 from moempi.prepare import Shape
 from moempi.recorder import Recorder
 from moempi.router.control import Control
@@ -53,7 +54,7 @@ def build_rank(
     way = choose_way(topology, job.exchange.gpu_aware)
     tables = layer_tables(layout.placement)
     kv_tokens = layout.kv_tokens if world.rank in layout.homes else 0
-    memory = message_memory(shape, device, home=world.rank in layout.homes)
+    memory = message_memory(shape, device, job.run.capacity, home=world.rank in layout.homes)
     with open_weights(job.model.weights) as weights:
         weights.expect(shape.model)
         layers = load_layers(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
@@ -95,19 +96,32 @@ def build_rank(
         most_rows=layout.piece_rows,
         lockstep=job.exchange.lockstep,
         tables=on_gpu(tables, device.device),
-        capacity=job.run.capacity,
+        packed=steady_rooms(memory, shape, job.run.capacity) if world.rank in layout.homes else [],
     )
     return Rank(engine, home, control, forward, None, device, str(way))
 
 
-def message_memory(shape: Shape, device: Cuda, *, home: bool) -> MessageMemory:
+def message_memory(shape: Shape, device: Cuda, capacity: int, *, home: bool) -> MessageMemory:
     """The arenas of a rank, as the memory plan has them; one that is no home sends no rows of its own."""
     config, layout, nbytes = shape.config, shape.layout, shape.dtype.itemsize
     own = plan.home_message_bytes(config, nbytes, layout.step_tokens, layout.placement)
     # Two parts of a block round up.
     spare = 2 * block_bytes([1, 1])
-    sent = layout.n_microbatches * (own + spare) * home
+    own += steady_message_bytes(config, nbytes, capacity)
+    sent = layout.n_microbatches * (own + 2 * spare) * home
     return MessageMemory(device.device, sent, layout.arrival_budget + spare)
+
+
+def steady_rooms(memory: MessageMemory, shape: Shape, capacity: int) -> list[tuple[Rows, Rows]]:
+    """For every microbatch what it keeps of the homes' memory: the rows of a steady step, and their answers."""
+    config, dtype = shape.config, shape.dtype
+    n, nbytes = steady_rows(capacity) * config.top_k, steady_message_bytes(config, dtype.itemsize, capacity)
+    rooms = []
+    for _ in range(shape.layout.n_microbatches):
+        block = memory.take(block_bytes([nbytes // 2] * 2), home=True)
+        assert block is not None, "the memory was made for them"
+        rooms.append(memory.twice(block, n, config.d_model, (dtype, dtype)))
+    return rooms
 
 
 def load_layers(

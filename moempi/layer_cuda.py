@@ -7,20 +7,22 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moempi.batch import Step
 from moempi.device.cuda_attention import attend
 from moempi.device.cuda_graphs import Graphs
-from moempi.device.cuda_rows import add_norm, turn_heads
+from moempi.device.cuda_memory import Rows
+from moempi.device.cuda_rows import add_norm, gather, sort_pairs, turn_heads
+from moempi.device.cuda_rows import combine as add_outputs
 from moempi.device.cuda_transfer import all_to_device, words_of
 from moempi.errors import MoempiError
-from moempi.exchange.dispatch_cuda import CudaRows, CudaTable, combine, dispatch
+from moempi.exchange.dispatch_cuda import CudaRows, CudaTable, Sent, combine, dispatch, send
 from moempi.exchange.engine_cuda import CudaEngine
 from moempi.layer import Forward
 from moempi.model.gate import Route
 from moempi.model.network import Layer
-from moempi.planning.gpu_memory import steady_rows
 from moempi.stages import ATTEND, COMBINE, EMBED, HEAD
 
 
@@ -28,12 +30,17 @@ class StepBuffers:
     """Where the steady steps of a microbatch find everything at the same place each time, so that graphs can.
 
     Args:
-        rows: most of a step.
-        d: D.
+        packed, answers: [rows * K, D] of the memory of messages, for the most tokens of a step.
+        top_k: K.
     """
 
-    def __init__(self, rows: int, d: int, dtype: torch.dtype, device: torch.device):
-        self.x, self.attended, self.hidden = torch.zeros(3, rows, d, dtype=dtype, device=device)  # each [rows, D]
+    def __init__(self, packed: Rows, answers: Rows, top_k: int, dtype: torch.dtype, device: torch.device):
+        rows = len(packed) // top_k
+        self.packed, self.answers = packed, answers
+        # each [rows, D]
+        self.x, self.attended, self.hidden = torch.zeros(3, rows, packed.d, dtype=dtype, device=device)
+        self.places = torch.empty(rows, top_k, dtype=torch.int32, device=device)
+        self.weights = torch.empty(rows, top_k, dtype=torch.float32, device=device)
         self.step = torch.empty(0, dtype=torch.int64, device=device)
         self.graphs = Graphs()
 
@@ -48,7 +55,7 @@ class StepBuffers:
 class CudaStep(Step):
     """A step whose tensors are on the GPU; `owners` and the positions of `host` stay on the host, for the trace."""
 
-    turns: Tensor  # [T] int64, sequence + position of every token: which replica takes it
+    turns: Tensor  # [T] int64, sequence + position of every token: which replica takes it; of padding -1
     host: Any  # TilePlan
     buffers: StepBuffers | None  # of a steady step
 
@@ -64,12 +71,12 @@ class CudaForward(Forward):
 
     Args:
         tables: routing tables on the GPU.
-        capacity: most sequences of a microbatch.
+        packed: by microbatch, memory of messages for the rows of a steady step and for their answers.
     """
 
     engine: CudaEngine
     tables: dict[int, CudaTable]
-    capacity: int
+    packed: list[tuple[Rows, Rows]]
     buffers: dict[int, StepBuffers] = field(default_factory=dict)
 
     async def __call__(self, step: Step) -> tuple[list[int], list[float]]:
@@ -79,7 +86,7 @@ class CudaForward(Forward):
     def on_gpu(self, step: Step) -> CudaStep:
         """A step of the host, on the GPU."""
         device, plan, n = self.cache.keys.device, step.plan, step.n_tokens
-        turns = step.owners + plan.positions[:n]
+        turns = F.pad(step.owners + plan.positions[:n], (0, len(plan.positions) - n), value=-1)
         tensors = {**plan.tensors(), "tokens": step.tokens, "last": step.last, "turns": turns}
         buffers, words = self.buffers_of(step.microbatch) if plan.steady else None, words_of(tensors)
         memory = buffers.room_for_step(words) if buffers else torch.empty(words, dtype=torch.int64, device=device)
@@ -91,8 +98,9 @@ class CudaForward(Forward):
     def buffers_of(self, microbatch: int) -> StepBuffers:
         """Memory of a microbatch's steady steps, made when the first one comes."""
         if microbatch not in self.buffers:
-            rows, network = steady_rows(self.capacity), self.network
-            self.buffers[microbatch] = StepBuffers(rows, network.config.d_model, network.dtype, self.cache.keys.device)
+            top_k, network = self.network.config.top_k, self.network
+            packed, device = self.packed[microbatch], self.cache.keys.device
+            self.buffers[microbatch] = StepBuffers(*packed, top_k, network.dtype, device)
         return self.buffers[microbatch]
 
     async def pass_layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
@@ -101,29 +109,63 @@ class CudaForward(Forward):
         if step.buffers is None:
             return await super().pass_layer(layer, x, step)
         buffers, n = step.buffers, step.n_tokens
-        route = buffers.graphs.run(step.shape, layer.number, lambda: self.until_dispatch(layer, step, buffers))
+        route = buffers.graphs.run(step.shape, layer.number, lambda: self.until_sent(layer, step, buffers))
         self.lap(ATTEND, layer.number, step, n)
         if route is None:
             return x
         route = Route(route.experts[:n], route.weights[:n])
-        rows = await self.dispatch(layer, buffers.hidden[:n], route, step)
-        combine(self.engine, buffers.attended[:n], route, rows, out=x)
-        self.lap(COMBINE, layer.number, step, n)
+        if not self.is_recorded_whole(layer.number):
+            rows = await self.dispatch(layer, buffers.hidden[:n], route, step)
+            combine(self.engine, buffers.attended[:n], route, rows, out=x)
+            self.lap(COMBINE, layer.number, step, n)
+            return x
+        table = self.tables[layer.number].table
+        await self.engine.passed()
+        counts = self.engine.counts(step.microbatch, len(table.covers)).numpy().copy()
+        packed, answers = (rows.part(0, n * layer.config.top_k) for rows in (buffers.packed, buffers.answers))
+        back = send(self.engine, table, step.microbatch, counts, packed, answers, self.most_rows, step.key)
+        await self.returned(layer, step, route, Sent(counts, back))
+        if layer.number + 1 == len(self.network.layers):
+            self.combine_steady(n, buffers)
+            self.lap(COMBINE, layer.number, step, n)
         return x
 
-    def until_dispatch(self, layer: Layer, step: CudaStep, buffers: StepBuffers) -> Route | None:
-        """Attention and gate of a steady step, from `buffers.x` into `attended`, `hidden` and the route; padding too.
+    def is_recorded_whole(self, number: int) -> bool:
+        """Whether a layer's recording packs its rows, and the next one's combines them: its slots are whole experts."""
+        return number in self.tables and not self.tables[number].table.cut
+
+    def until_sent(self, layer: Layer, step: CudaStep, buffers: StepBuffers) -> Route | None:
+        """A steady step from the answers of the layer before to the rows that leave; padding goes along, but not away.
 
         A dense layer goes from `buffers.x` to `buffers.x`, and has no route.
         """
         n = len(step.plan.positions)
+        if self.is_recorded_whole(layer.number - 1):
+            self.combine_steady(n, buffers)
         x, attended, hidden = buffers.x[:n], buffers.attended[:n], buffers.hidden[:n]
         mixed = self.mix(layer, x, step)
         if layer.dense:
             x.copy_(layer.dense_mlp(layer.close_attention(x, mixed)))
             return None
         add_norm(x, layer.output(mixed), layer.mlp_norm, layer.config.norm_eps, attended, hidden)
-        return layer.route(hidden)
+        route = layer.route(hidden)
+        if self.is_recorded_whole(layer.number):
+            self.pack_steady(layer.number, step, route, buffers)
+        return route
+
+    def pack_steady(self, number: int, step: CudaStep, route: Route, buffers: StepBuffers) -> None:
+        """Rows in the order in which they leave, and on the host how many each cover gets."""
+        table, n = self.tables[number], len(step.turns)
+        landing = self.engine.counts(step.microbatch, len(table.table.covers))
+        replicas, places = (table.cover_of, table.n_replicas), buffers.places[:n]
+        pairs, _ = sort_pairs(route.experts, step.turns, *replicas, number, landing, places)
+        buffers.weights[:n].copy_(route.weights)
+        gather(buffers.hidden, pairs, route.experts.shape[1], buffers.packed.address)
+
+    def combine_steady(self, n: int, buffers: StepBuffers) -> None:
+        """Rows of the residual stream with their experts' outputs added, of the layer that came back last."""
+        outputs = buffers.answers.tensor()
+        add_outputs(buffers.attended[:n], outputs, buffers.places[:n], buffers.weights[:n], buffers.x[:n])
 
     # ------------------------------------------------------------ the stages
 
@@ -153,18 +195,23 @@ class CudaForward(Forward):
     async def dispatch(self, layer: Layer, hidden: Tensor, route: Route, step: Step) -> CudaRows:  # type: ignore[override]
         """Rows to the slots of their experts, and back."""
         assert isinstance(step, CudaStep)
-        table, recorder = self.tables[layer.number], self.engine.recorder
-        rows, back = await dispatch(
-            self.engine, table, step.microbatch, hidden, route, step.turns, self.most_rows, step.key
+        table, turns = self.tables[layer.number], step.turns[: step.n_tokens]
+        rows, sent = await dispatch(
+            self.engine, table, step.microbatch, hidden, route, turns, self.most_rows, step.key
         )
-        load = np.bincount(table.expert_of_cover, weights=rows.counts, minlength=layer.config.n_experts)
+        await self.returned(layer, step, route, sent)
+        return rows
+
+    async def returned(self, layer: Layer, step: CudaStep, route: Route, sent: Sent) -> None:
+        """Until the answers of a dispatch are there; the trace hears of it."""
+        recorder, table, back = self.engine.recorder, self.tables[layer.number], sent.back
+        load = np.bincount(table.expert_of_cover, weights=sent.counts, minlength=layer.config.n_experts)
         recorder.routed(layer.number, load.astype(np.int64))
         begin = recorder.since
         if recorder.level == "routes":
             await self.keep_routes(layer, route, step)
         await back
-        recorder.waited(layer.number, step.key, begin, back.at, len(rows.answers), back.by)
-        return rows
+        recorder.waited(layer.number, step.key, begin, back.at, int(sent.counts.sum()), back.by)
 
     def combine(self, layer: Layer, x: Tensor, route: Route, rows: CudaRows, step: Step) -> Tensor:  # type: ignore[override]
         """Rows of the residual stream with their experts' outputs added."""

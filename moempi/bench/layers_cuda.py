@@ -113,8 +113,8 @@ class CudaLayers:
         for _ in range(self.passes):
             x = self.x[m]
             for table in self.tables.values():
-                rows, back = await dispatch(self.engine, table, m, x, route, self.turns, self.most_rows)
-                await back
+                rows, sent = await dispatch(self.engine, table, m, x, route, self.turns, self.most_rows)
+                await sent.back
                 x = combine(self.engine, x, route, rows)
 
     def pure(self) -> None:

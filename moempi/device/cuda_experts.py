@@ -13,7 +13,7 @@ from torch import Tensor
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import product_at, product_by_tiles, tile_for, unit_of
-from moempi.device.cuda_rows import swiglu, swiglu_at, tile_tables
+from moempi.device.cuda_rows import WORDS, put_words, swiglu, swiglu_at, tile_tables
 from moempi.device.cuda_transfer import put
 from moempi.model.expert import Expert
 
@@ -94,15 +94,16 @@ class Stack:
         self.slots, self.nbytes = len(gate_up), gate_up.nbytes + down.nbytes
         self._gate_up, self._down = gate_up.unbind(), down.unbind()  # views made once
         self._down_turned = [weight.T for weight in self._down]
+        self._row_operations = 2 * (self._gate_up[0].numel() + self._down[0].numel())
+        width, d = gate_up.shape[1:]
+        self._units = tuple(unit_of(n, gate_up.dtype) for n in (d, width, width // 2))
 
     def __call__(self, batches: Sequence[Batch], memory: Tensor) -> None:
         """Compute all batches. Rows and answers lie in `memory`, which is flat and in the model's dtype."""
-        rows = sum(len(batch.rows) for batch in batches)
-        parts = sum(n > 0 for batch in batches for n in batch.rows_per_slot)
-        operations = 2 * rows * (self._gate_up[0].numel() + self._down[0].numel())
-        fixed = self.exact or operations < WORTH_CALLS * parts
-        if fixed and parts > FEW:
-            self._together(batches, memory, rows)
+        counts = [n for batch in batches for n in batch.rows_per_slot if n]
+        fixed = self.exact or self._row_operations * sum(counts) < WORTH_CALLS * len(counts)
+        if fixed and len(counts) > FEW:
+            self._together(batches, memory, counts)
             return
         for part in parts_of(batches):
             if fixed:
@@ -122,25 +123,28 @@ class Stack:
         swiglu_at(gated, n, width // 2, gate_up.dtype, hidden)
         product_at(hidden, n, down, part.answer.address)
 
-    def _together(self, batches: Sequence[Batch], memory: Tensor, rows: int) -> None:
+    def _together(self, batches: Sequence[Batch], memory: Tensor, counts: list[int]) -> None:
         n_slots, width, d = self.gate_up.shape
         hidden, dtype = width // 2, self.gate_up.dtype
-        in_d, in_width, in_hidden = (unit_of(n, dtype) for n in (d, width, hidden))
-        given = np.array([(b.rows.begin, b.answer.begin, *b.rows_per_slot) for b in batches], dtype=np.int64)
-        given[:, :2] //= in_d
-        counts = given[:, 2:]
-        most = int(counts.max())
+        in_d, in_width, in_hidden = self._units
+        given: list[int] = []
+        for rows_of, answer, rows_per_slot in batches:
+            given += rows_of.begin // in_d, answer.begin // in_d, *rows_per_slot
+        rows, most = sum(counts), max(counts)
         tile = tile_for(dtype, most)
-        tiles = int((-(-counts // tile.rows)).sum())
+        tiles = sum(-(-n // tile.rows) for n in counts)
         # Calls of few rows come again and again, and are recorded: in few shapes, with empty tiles and rows.
         small = most <= tile.rows
         if small:
             tiles, rows = -(-tiles // ROUND) * ROUND, -(-rows // ROUND_ROWS) * ROUND_ROWS
         # The tables are made on the GPU, from what is known of the batches: the host would take longer than all else.
-        sizes = given.size, counts.size + 1, 4 * tiles, 4 * tiles
+        sizes = len(given), len(batches) * n_slots + 1, 4 * tiles, 4 * tiles
         table = self._scratch.table(sum(sizes), self.gate_up)
         scratch = self._scratch.take(rows * (width + hidden), self.gate_up)
-        put(given, table)
+        if len(given) <= WORDS:
+            put_words(given, table.data_ptr())
+        else:
+            put(np.array(given, dtype=np.int64), table)
 
         def launch() -> None:
             at, between, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(4))

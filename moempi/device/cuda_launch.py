@@ -22,11 +22,12 @@ class Kernel:
     Args:
         raw: compiled by CuPy; kept, and with it the module that it is part of.
         n_parameters: of the kernel.
+        words: that the last parameter has, where that is a struct of integers.
     """
 
-    def __init__(self, raw: cupy.RawKernel, n_parameters: int):
+    def __init__(self, raw: cupy.RawKernel, n_parameters: int, words: int = 1):
         self._raw, self._function = raw, raw.kernel.ptr
-        self._values = (ctypes.c_int64 * n_parameters)()
+        self._values = (ctypes.c_int64 * (n_parameters - 1 + words))()
         begin = ctypes.addressof(self._values)
         self._places = (ctypes.c_void_p * n_parameters)(*range(begin, begin + 8 * n_parameters, 8))
         self._parameters = ctypes.addressof(self._places)
@@ -35,10 +36,10 @@ class Kernel:
         """Launch on torch's current stream.
 
         Args:
-            values: an address, an integer, or `float_bits` of a float for every parameter.
+            values: an address, an integer, or `float_bits` of a float for every parameter; of a struct the first words.
             shared: bytes of memory that a block asks for.
         """
-        self._values[:] = values
+        self._values[: len(values)] = values
         driver.launchKernel(self._function, blocks, 1, 1, threads, 1, 1, shared, current_stream(), self._parameters, 0)
 
 

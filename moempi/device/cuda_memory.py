@@ -92,9 +92,13 @@ class MessageMemory:
         """Take a block back. Nothing may be about to read or write it."""
         (self.home if block.home else self.arrivals).give(block.offset)
 
-    def rows(self, block: Block, skip: int, n: int, d: int, dtype: torch.dtype) -> Rows:
-        """n rows [n, D] of a block, behind `skip` bytes."""
-        return Rows(self._typed[dtype], (block.offset + skip) // dtype.itemsize, n, d)
+    def twice(self, block: Block, n: int, d: int, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Rows, Rows]:
+        """n rows [n, D] of each of two dtypes that share a block: such as rows and their answers."""
+        first, second = dtypes
+        behind = block.offset + aligned(n * d * first.itemsize)
+        return Rows(self._typed[first], block.offset // first.itemsize, n, d), Rows(
+            self._typed[second], behind // second.itemsize, n, d
+        )
 
 
 def block_bytes(parts: Sequence[int]) -> int:

@@ -94,7 +94,11 @@ def swiglu_at(source: int, rows: int, f: int, dtype: torch.dtype, target: int) -
 
 
 def gather(rows: Tensor, pairs: Tensor, top_k: int, out: int) -> None:
-    """Row `pairs[r] // top_k` of rows [T, D] into row r of [R, D] at address `out`, in their dtype; pairs [R] int32."""
+    """Row `pairs[r] // top_k` of rows [T, D] into row r of [R, D] at address `out`, in their dtype.
+
+    Args:
+        pairs: [R] int32; for -1 nothing is written.
+    """
     n, d = pairs.shape[0], rows.shape[1]
     if n:
         source = rows.data_ptr()
@@ -108,7 +112,7 @@ def combine(x: Tensor, answers: Tensor, places: Tensor, weights: Tensor, out: Te
 
     Args:
         answers: [R, D], in the model's dtype or in float32.
-        places: [T, K] int32, row of the answer to every (token, k).
+        places: [T, K] int32, row of the answer to every (token, k); -1 where a token has none, which stays as it was.
         weights: [T, K] float32.
         out: [T, D] for what comes out.
     """
@@ -139,23 +143,30 @@ def choose_experts(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor,
 
 
 def sort_pairs(
-    experts: Tensor, turns: Tensor, cover_of: Tensor, n_replicas: Tensor, layer: int, counts: Tensor
+    experts: Tensor,
+    turns: Tensor,
+    cover_of: Tensor,
+    n_replicas: Tensor,
+    layer: int,
+    counts: Tensor,
+    places: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sort the pairs (token, k) by cover, keeping their order within one; replicas take turns by (turn + layer).
 
     Args:
         experts: [T, K] int32.
-        turns: [T] int64, sequence + position of every token.
+        turns: [T] int64, sequence + position of every token; -1 for padding, which comes last and has no cover.
         cover_of: [E, most replicas] int32.
         n_replicas: [E] int32.
         counts: [covers] int64, on the GPU or in pinned memory of the host: gets the pairs of every cover.
+        places: [T, K] int32 for what comes out.
 
     Returns:
-        pairs [T * K] int32 by ascending cover, and places [T, K] int32: where each pair is among them.
+        pairs [T * K] int32 by ascending cover, and places [T, K] int32: where each pair is among them. -1 of padding.
     """
     n, (_, top_k) = experts.numel(), experts.shape
     pairs = torch.empty(n, dtype=torch.int32, device=experts.device)
-    places = torch.empty_like(experts)
+    places = torch.empty_like(experts) if places is None else places
     inputs = experts.data_ptr(), turns.data_ptr(), cover_of.data_ptr(), n_replicas.data_ptr()
     outputs = pairs.data_ptr(), places.data_ptr(), counts.data_ptr()
     values = [*inputs, *outputs, n, top_k, cover_of.shape[1], layer]
@@ -187,6 +198,14 @@ def tile_tables(
     _kernel("tile_tables", 11)(1, 1024, [batches, begins, inward, outward, tiles, *shape, tile, *units])
 
 
+WORDS = 240  # that a launch takes along
+
+
+def put_words(values: list[int], address: int) -> None:
+    """At most `WORDS` integers to an address on the GPU, int64, in the order of the current stream."""
+    _kernel("put_words", 3, WORDS)(1, 128, [address, len(values), *values])
+
+
 def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Best token [S] int64, lowest id among equals, and its log-probability [S] float32, of logits [S, V] float32.
 
@@ -204,14 +223,14 @@ def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _kernel(name: str, n_parameters: int) -> Kernel:
-    return Kernel(_module().get_function(name), n_parameters)
+def _kernel(name: str, n_parameters: int, words: int = 1) -> Kernel:
+    return Kernel(_module().get_function(name), n_parameters, words)
 
 
 @cache
 def _module() -> cupy.RawModule:
     types = _NAMES.values()
-    names = ["choose", "sort_pairs", "tile_tables", "greedy"]
+    names = ["choose", "sort_pairs", "tile_tables", "put_words", "greedy"]
     names += [f"rms_norm<{a}, {b}>" for a in types for b in types]
     names += [f"{kernel}<{t}>" for kernel in ("turn_heads", "add_norm") for t in types]
     for wide_float, wide_bf16 in ((4, 8), (1, 1)):

@@ -42,6 +42,13 @@ __device__ inline float block_sum(float x) {
   return x;
 }
 
+// Words that come with the launch: nothing of the host is read later.
+struct Words { integer at[240]; };
+
+__global__ void put_words(integer* to, integer n, Words words) {
+  for (integer i = threadIdx.x; i < n; i += blockDim.x) to[i] = words.at[i];
+}
+
 template <class T, class O>
 __global__ void rms_norm(const T* x, const float* weight, O* out, integer heads, integer d, float eps) {
   const T* row = x + blockIdx.x * d;
@@ -183,6 +190,7 @@ __global__ void swiglu(const T* gate_up, T* out, integer f) {
 
 template <class T, int N>
 __global__ void gather(const T* rows, const int* pairs, T* out, integer top_k, integer d) {
+  if (pairs[blockIdx.x] < 0) return;
   const T* from = rows + pairs[blockIdx.x] / static_cast<int>(top_k) * d;
   T* to = out + blockIdx.x * d;
 #pragma unroll 4
@@ -196,8 +204,8 @@ __global__ void combine(const T* x, const A* answers, const int* places, const f
   const float* weight = weights + blockIdx.x * top_k;
   for (integer i = N * threadIdx.x; i < d; i += N * blockDim.x) {
     Pack<T, N> residual = load<T, N>(x + blockIdx.x * d + i), y;
-    float total[N];
-    for (integer k = 0; k < top_k; ++k) {
+    float total[N] = {};
+    for (integer k = 0; place[0] >= 0 && k < top_k; ++k) {
       Pack<A, N> answer = load<A, N>(answers + place[k] * d + i);
       float w = weight[k];
       for (int j = 0; j < N; ++j) {
@@ -254,12 +262,18 @@ __global__ void sort_pairs(const int* experts, const integer* turns, const int* 
                            integer layer) {
   __shared__ int less[32], same[32];
   const int mine = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  auto cover = [&](integer i) {  // replicas take turns
+  auto cover = [&](integer i) {  // replicas take turns; what belongs to no token comes behind all
+    if (turns[i / top_k] < 0) return 0x7fffffff;
     const int e = experts[i];
     return cover_of[e * most + (most > 1 ? (turns[i / top_k] + layer) % n_replicas[e] : 0)];
   };
   int l = 0, s = 0;
-  for (integer i = threadIdx.x; i < n; i += 1024) { const int c = cover(i); l += c < mine; s += c == mine; }
+  for (integer i = threadIdx.x; i < n; i += 1024) {
+    const int c = cover(i);
+    l += c < mine;
+    s += c == mine;
+    if (mine == 0 && c == 0x7fffffff) pairs[i] = places[i] = -1;
+  }
   l = __reduce_add_sync(0xffffffffu, l);
   s = __reduce_add_sync(0xffffffffu, s);
   if (lane == 0) { less[warp] = l; same[warp] = s; }

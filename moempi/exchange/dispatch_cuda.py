@@ -59,7 +59,6 @@ class CudaRows(NamedTuple):
     table: LayerTable
     answers: Rows  # [R, D] by slot
     places: Tensor  # [T, K] int32, place of every pair among those sorted by cover
-    counts: np.ndarray  # [covers] pairs
     slot_begin: np.ndarray  # [S + 1]
     block: Block
     dtype: torch.dtype  # of the model
@@ -80,6 +79,13 @@ class CudaRows(NamedTuple):
         return tree_sum(lambda lo, hi: parts.get((lo, hi)), 0, int(self.table.hi[slots[-1]]))
 
 
+class Sent(NamedTuple):
+    """A dispatch under way."""
+
+    counts: np.ndarray  # [covers] pairs
+    back: Future  # done when all answers are there
+
+
 async def dispatch(
     engine: CudaEngine,
     on_gpu: CudaTable,
@@ -89,8 +95,8 @@ async def dispatch(
     turns: Tensor,
     most_rows: int,
     key: StepKey = NO_STEP,
-) -> tuple[CudaRows, Future]:
-    """Send every row to the slots of its covers; the answers are there when the future is done.
+) -> tuple[CudaRows, Sent]:
+    """Send every row to the slots of its covers.
 
     Args:
         hidden: [T, D] normalised rows, in the model's dtype.
@@ -115,23 +121,37 @@ async def dispatch(
         rows, answers, block = await _reserve(engine, by_slot.shape[0], hidden.shape[1], table)
         cuda_rows.gather(hidden, by_slot, top_k, rows.address)
         await engine.passed()
-    slot_begin, whole = plan_messages(counts[on_gpu.cover_of_slot] if table.cut else counts, table)
-    messages = [piece for message in whole for piece in cut_into_pieces(message, most_rows)]
+    slot_counts = counts[on_gpu.cover_of_slot] if table.cut else counts
+    back = send(engine, table, microbatch, slot_counts, rows, answers, most_rows, key)
+    slot_begin = np.concatenate([[0], slot_counts.cumsum()])
+    return CudaRows(table, answers, places, slot_begin, block, engine.dtype), Sent(counts, back)
+
+
+def send(
+    engine: CudaEngine,
+    table: LayerTable,
+    microbatch: int,
+    slot_counts: np.ndarray,
+    rows: Rows,
+    answers: Rows,
+    most_rows: int,
+    key: StepKey,
+) -> Future:
+    """Send rows that are packed, slot behind slot, to their ranks; the answers are there when the future is done."""
+    messages = [p for message in plan_messages(slot_counts, table) for p in cut_into_pieces(message, most_rows)]
     back = Future(sum(map(engine.notifications, messages)))
     engine.recorder.dispatching = key
-    engine.recorder.lap(PACK, table.layer, key, len(rows))
+    engine.recorder.lap(PACK, table.layer, key, int(slot_counts.sum()))
     for m in messages:
         engine.send(m, table.layer, microbatch, rows.part(m.lo, m.hi), answers.part(m.lo, m.hi), back)
-    return CudaRows(table, answers, places, counts, slot_begin, block, engine.dtype), back
+    return back
 
 
 async def _reserve(engine: CudaEngine, n: int, d: int, table: LayerTable) -> tuple[Rows, Rows, Block]:
     """Room for n rows and their answers, in one block: who waits for room holds none."""
     dtypes = engine.dtype, engine.answer_dtype(table)
-    sizes = [n * d * dtype.itemsize for dtype in dtypes]
-    block = await engine.room(block_bytes(sizes))
-    rows = engine.memory.rows(block, 0, n, d, dtypes[0])
-    return rows, engine.memory.rows(block, block_bytes(sizes[:1]), n, d, dtypes[1]), block
+    block = await engine.room(block_bytes([n * d * dtype.itemsize for dtype in dtypes]))
+    return *engine.memory.twice(block, n, d, dtypes), block
 
 
 def _by_slot(pairs: Tensor, counts: np.ndarray, on_gpu: CudaTable) -> Tensor:

@@ -218,14 +218,12 @@ class CudaEngine(Engine):
     def _receive(self, header: Header) -> bool:
         """Receive the rows of a dispatch if there is room for them and their answer."""
         layer, n = self.tags.layer(header.tag), sum(header.rows_per_slot)
-        answer_dtype = self.answer_dtype(self.tables[layer])
-        sizes = [n * self.d_model * dtype.itemsize for dtype in (self.dtype, answer_dtype)]
-        block = self.memory.take(block_bytes(sizes), home=False)
+        dtypes = self.dtype, self.answer_dtype(self.tables[layer])
+        block = self.memory.take(block_bytes([n * self.d_model * dtype.itemsize for dtype in dtypes]), home=False)
         if block is None:
             self.experts.waiting.hurry()
             return False
-        rows = self.memory.rows(block, 0, n, self.d_model, self.dtype)
-        answer = self.memory.rows(block, block_bytes(sizes[:1]), n, self.d_model, answer_dtype)
+        rows, answer = self.memory.twice(block, n, self.d_model, dtypes)
         arrival = Arrival(
             header.source,
             header.tag,

@@ -53,22 +53,22 @@ def plan_dispatch(covers: np.ndarray, table: LayerTable) -> DispatchPlan:
         by_slot, slot_counts = _repeat_for_slots(by_cover, counts, table)
     else:
         by_slot, slot_counts = by_cover, counts
-    slot_begin, messages = plan_messages(slot_counts, table)
-    return DispatchPlan(by_slot, messages, slot_begin, len(flat))
-
-
-def plan_messages(slot_counts: np.ndarray, table: LayerTable) -> tuple[np.ndarray, tuple[Message, ...]]:
-    """Where the rows of every slot begin [S + 1], and the messages, where slot s gets slot_counts[s] rows."""
     slot_begin = np.zeros(len(slot_counts) + 1, dtype=np.int64)
     slot_counts.cumsum(out=slot_begin[1:])
+    return DispatchPlan(by_slot, plan_messages(slot_counts, table), slot_begin, len(flat))
+
+
+def plan_messages(slot_counts: np.ndarray, table: LayerTable) -> tuple[Message, ...]:
+    """The messages, where slot s gets slot_counts[s] rows."""
     # Lists: a loop over elements of an array costs several times as much.
-    edges, begin, per_slot = slot_begin[table.rank_begin].tolist(), table.rank_begin.tolist(), slot_counts.tolist()
-    messages = tuple(
-        Message(rank, edges[rank], edges[rank + 1], tuple(per_slot[begin[rank] : begin[rank + 1]]))
-        for rank in range(table.n_ranks)
-        if edges[rank + 1] > edges[rank]
-    )
-    return slot_begin, messages
+    per_slot, begin, messages, lo = slot_counts.tolist(), table.rank_begin.tolist(), [], 0
+    for rank in range(table.n_ranks):
+        rows = per_slot[begin[rank] : begin[rank + 1]]
+        hi = lo + sum(rows)
+        if hi > lo:
+            messages.append(Message(rank, lo, hi, tuple(rows)))
+            lo = hi
+    return tuple(messages)
 
 
 def _repeat_for_slots(by_cover: np.ndarray, counts: np.ndarray, table: LayerTable) -> tuple[np.ndarray, np.ndarray]:

@@ -51,6 +51,11 @@ def steady_rows(capacity: int) -> int:
     return min(STEADY, -(-capacity // ROUND) * ROUND)
 
 
+def steady_message_bytes(config: ModelConfig, dtype_bytes: int, capacity: int) -> int:
+    """Rows of a microbatch's steady steps and the room for their answers, which are kept beside those of prefill."""
+    return 2 * steady_rows(capacity) * config.top_k * config.d_model * dtype_bytes if config.moe_layers else 0
+
+
 def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     """Bytes per token of the widest stage, with the rows that it makes."""
     d, queries = config.d_model, config.n_heads * config.head_dim
@@ -62,8 +67,8 @@ def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
 
 
 def _routes(config: ModelConfig) -> int:
-    """Bytes per token of the routes that graphs keep: experts and weights, of every layer and shape."""
-    return GRAPH_SHAPES * len(config.moe_layers) * config.top_k * 2 * _FLOAT32
+    """Bytes per token of what graphs keep of routes: experts, weights and order, of every layer and shape."""
+    return GRAPH_SHAPES * len(config.moe_layers) * config.top_k * 3 * _FLOAT32
 
 
 def _call_bytes(config: ModelConfig, dtype_bytes: int, n_microbatches: int, tokens: int, room: int) -> int:

@@ -88,6 +88,7 @@ def plan_memory(
     kv = kv_bytes(config, dtype_bytes, kv_tokens + PAGE * gpu)  # a GPU has a page for padding
     own = microbatches * home_message_bytes(config, dtype_bytes, max_step_tokens, placement)
     own *= 1 if relays is None else 2
+    own += microbatches * gpu_memory.steady_message_bytes(config, dtype_bytes, capacity) * gpu
     step = step_bytes(config, dtype_bytes, capacity, max_step_tokens, microbatches)
     if gpu:
         step = gpu_memory.step_bytes(

@@ -113,6 +113,40 @@ def test_sort_gather_combine(random: torch.Generator, tokens: int, k: int, d: in
         assert torch.equal(found, (x.float() + total).to(dtype)), "not the bits of the order of k, rounded once"
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens,padding,k,d", [(1, 15, 1, 1), (17, 15, 4, 33), (300, 212, 8, 256)])
+def test_padding_is_not_sorted_packed_or_combined(
+    random: torch.Generator, tokens: int, padding: int, k: int, d: int, dtype: torch.dtype
+) -> None:
+    """What comes behind the tokens has turn -1: the rest is as it is without, and its own rows are left alone."""
+    n, n_covers = tokens + padding, 7
+    experts = torch.randint(0, n_covers, (n, k), generator=random, device="cuda", dtype=torch.int32)
+    turns = torch.arange(n, device="cuda").where(torch.arange(n, device="cuda") < tokens, -1)
+    cover_of = torch.arange(n_covers, dtype=torch.int32, device="cuda").unsqueeze(1)
+    counts = torch.full((n_covers,), -1, dtype=torch.int64, pin_memory=True)
+    places = torch.full((n, k), 12345, dtype=torch.int32, device="cuda")
+    pairs, same = cuda_rows.sort_pairs(experts, turns, cover_of, torch.ones_like(cover_of), 0, counts, places)
+    torch.cuda.synchronize()
+    alone, alone_places, alone_counts = sort_pairs(experts[:tokens], n_covers)
+    assert same is places and torch.equal(counts, alone_counts)
+    assert torch.equal(pairs[: tokens * k], alone) and (pairs[tokens * k :] == -1).all()
+    assert torch.equal(places[:tokens], alone_places) and (places[tokens:] == -1).all()
+    x, weights = draw(random, n, d, dtype=dtype), torch.rand(n, k, generator=random, device="cuda")
+    rows = poisoned(n * k, d, dtype=dtype)
+    cuda_rows.gather(x, pairs, k, rows.data_ptr())
+    assert torch.equal(rows[: tokens * k], x[alone.long() // k]) and rows[tokens * k :].isnan().all()
+    found = cuda_rows.combine(x, rows, places, weights)
+    assert torch.equal(found[:tokens], cuda_rows.combine(x[:tokens], rows, alone_places, weights[:tokens]))
+    assert torch.equal(found[tokens:], x[tokens:])
+
+
+@pytest.mark.parametrize("n", [1, 77, cuda_rows.WORDS])
+def test_words_come_with_the_launch(n: int) -> None:
+    words, there = [(-1) ** i * (2**40 + i) for i in range(n)], torch.zeros(n + 1, dtype=torch.int64, device="cuda")
+    cuda_rows.put_words(words, there.data_ptr())
+    assert there.tolist() == [*words, 0]
+
+
 @pytest.mark.parametrize("tokens,e,k", [(1, 1, 1), (9, 5, 2), (33, 128, 8), (1000, 64, 6), (3, 3000, 9)])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_choose_experts(random: torch.Generator, tokens: int, e: int, k: int, normalize: bool) -> None:

@@ -302,9 +302,15 @@ def test_activations_on_a_gpu_by_hand() -> None:
     call = 3 * 12 * 40 * 2
     logits = 3 * 50 * (2 + 4)
     tables = 2 * 64 * 6 * 4
-    # Steady steps: 16 rows of each microbatch, three of its own, a stage, and the routes of 12 shapes and 2 layers.
-    steady = 2 * 16 * (3 * 8 * 2 + stage + 12 * 2 * 2 * 8)
+    # Steady steps: 16 rows of each microbatch, three of its own, a stage, and the routes of 12 shapes and 2 layers:
+    # an expert, a weight and a place in the order of every pair.
+    steady = 2 * 16 * (3 * 8 * 2 + stage + 12 * 2 * 2 * 12)
     assert steps == resident + 10 * stage + steady + call + logits + tables + 48 * 2**20
+
+
+def test_messages_of_steady_steps_on_a_gpu_by_hand() -> None:
+    # 16 rows for 3 sequences, 2 pairs each, 8 wide in bfloat16, and as much for the answers.
+    assert gpu_memory.steady_message_bytes(SMALL, 2, capacity=3) == 2 * 16 * 2 * 8 * 2
 
 
 def test_steady_steps_have_whole_rounds_of_rows_and_so_many_at_most() -> None:

@@ -19,7 +19,7 @@ def test_rows_lie_where_they_say(dtype: torch.dtype, begin: int) -> None:
     assert memory.take(1, home=True) == Block(0, True)
     block = memory.take(3 * 5 * 4, home=True)
     assert block == Block(512, True)
-    rows = memory.rows(block, 0, 3, 5, dtype)
+    rows = memory.twice(block, 3, 5, (dtype, dtype))[0]
     assert (len(rows), rows.begin, rows.offset, rows.nbytes) == (3, begin, 512, 15 * dtype.itemsize)
     assert rows.address == memory.memory.data_ptr() + 512 == rows.tensor().data_ptr()
     rows.tensor()[:] = torch.arange(15, dtype=dtype).view(3, 5)
@@ -42,6 +42,7 @@ def test_answers_behind_rows_of_one_block() -> None:
     assert block_bytes(sizes) == 512 + 1024
     block = memory.take(block_bytes(sizes), home=False)
     assert block == Block(512, False)
-    assert memory.rows(block, block_bytes(sizes[:1]), 2, 100, torch.float32).offset == 1024
+    rows, answers = memory.twice(block, 2, 100, (torch.bfloat16, torch.float32))
+    assert (rows.offset, rows.nbytes, answers.offset, answers.nbytes) == (512, 400, 1024, 800)
     memory.give(block)
     assert memory.take(4096, home=False) == Block(512, False)
