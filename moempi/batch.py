@@ -71,8 +71,8 @@ def chunk_sizes(uncached: Many[int], budget: int) -> list[int]:
         uncached: tokens of each sequence that are not in the cache yet, at least 1.
         budget: most tokens of a step; every sequence that needs a single token gets it nevertheless.
     """
-    left = budget - sum(n == 1 for n in uncached)
-    chunks = []
+    left = budget - uncached.count(1)
+    chunks: list[int] = []
     for n in uncached:
         if n == 1:
             chunks.append(1)
@@ -99,23 +99,18 @@ def compose(
     """
     chunks = chunk_sizes([len(s.tokens) - s.cached for s in sequences], budget)
     taking = [(s, n) for s, n in zip(sequences, chunks, strict=True) if n]
-    tokens: list[int] = []
-    last, choosing = [], []
-    for sequence, n in taking:
-        end = sequence.cached + n
-        tokens += sequence.tokens[sequence.cached : end]
-        if end == len(sequence.tokens):
-            last.append(len(tokens) - 1)
-            choosing.append(sequence)
-    owners = np.repeat([s.index for s, _ in taking], [n for _, n in taking])
+    spans = [Span(s.cached, s.cached + n, s.pages) for s, n in taking]
+    tokens = [token for s, n in taking for token in s.tokens[s.cached : s.cached + n]]
+    choosing = [s.cached + n == len(s.tokens) for s, n in taking]
+    lengths = [n for _, n in taking]
     return Step(
         microbatch=microbatch,
         number=number,
         sequences=tuple(s for s, _ in taking),
-        chunks=tuple(n for _, n in taking),
-        tokens=torch.tensor(tokens, dtype=torch.int64),
-        owners=torch.from_numpy(owners),
-        plan=plan([Span(s.cached, s.cached + n, s.pages) for s, n in taking], group),
-        last=torch.tensor(last, dtype=torch.int64),
-        choosing=tuple(choosing),
+        chunks=tuple(lengths),
+        tokens=torch.from_numpy(np.array(tokens, dtype=np.int64)),
+        owners=torch.from_numpy(np.repeat([s.index for s, _ in taking], lengths)),
+        plan=plan(spans, group),
+        last=torch.from_numpy(np.cumsum(lengths)[choosing] - 1),
+        choosing=tuple(s for (s, _), chosen in zip(taking, choosing, strict=True) if chosen),
     )

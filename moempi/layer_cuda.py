@@ -204,9 +204,8 @@ class CudaForward(Forward):
 
     async def returned(self, layer: Layer, step: CudaStep, route: Route, sent: Sent) -> None:
         """Until the answers of a dispatch are there; the trace hears of it."""
-        recorder, table, back = self.engine.recorder, self.tables[layer.number], sent.back
-        load = np.bincount(table.expert_of_cover, weights=sent.counts, minlength=layer.config.n_experts)
-        recorder.routed(layer.number, load.astype(np.int64))
+        recorder, back = self.engine.recorder, sent.back
+        recorder.routed(layer.number, self.tables[layer.number].load(sent.counts))
         begin = recorder.since
         if recorder.level == "routes":
             await self.keep_routes(layer, route, step)

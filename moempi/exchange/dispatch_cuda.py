@@ -34,6 +34,15 @@ class CudaTable:
     cover_of_slot: np.ndarray  # [S]
     expert_of_cover: np.ndarray  # [covers]
 
+    def load(self, counts: np.ndarray) -> np.ndarray:
+        """Pairs of every expert [E], int64, from those of every cover."""
+        load = np.zeros(len(self.table.n_replicas), dtype=np.int64)
+        if len(counts) == len(load):
+            load[self.expert_of_cover] = counts  # no replicas: a cover each
+        else:
+            np.add.at(load, self.expert_of_cover, counts)
+        return load
+
 
 def on_gpu(tables: Mapping[int, LayerTable], device: torch.device) -> dict[int, CudaTable]:
     """The tables of all layers."""
@@ -142,7 +151,7 @@ def send(
     back = Future(sum(map(engine.notifications, messages)))
     engine.recorder.dispatching = key
     engine.recorder.lap(PACK, table.layer, key, int(slot_counts.sum()))
-    for m in messages:
+    for m in sorted(messages, key=lambda m: m.destination == engine.rank):  # what travels goes first
         engine.send(m, table.layer, microbatch, rows.part(m.lo, m.hi), answers.part(m.lo, m.hi), back)
     return back
 

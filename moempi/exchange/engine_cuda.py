@@ -185,10 +185,11 @@ class CudaEngine(Engine):
             self.experts.add(Arrival(peer, tag, layer, microbatch, rows, answer, message.rows_per_slot, n, done))
             return
         self.expect((peer, tag), layer, microbatch, peer, n)
-        self._back.receive(answer, peer, tag, lambda: self._answered(answer, peer, tag, layer, done))
         header = np.array(message.rows_per_slot, dtype=np.int32)
         self.requests.add(self._channels.dispatch.Isend(header, peer, tag), lambda: header)
         self._there.send(rows, peer, tag, lambda: self.notify(done))
+        # Behind what the other rank waits for.
+        self._back.receive(answer, peer, tag, lambda: self._answered(answer, peer, tag, layer, done))
         nbytes = header_bytes(len(message.rows_per_slot)) + rows.nbytes
         self.recorder.sent(DISPATCH_KIND, layer, peer, n, nbytes)
 
