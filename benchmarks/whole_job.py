@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where the figures go; by default results/whole_job_N.json")
     parser.add_argument("--folder", type=Path, help="for the model; 16 GB")
     parser.add_argument("--small", action="store_true", help="a trial of this script on the CPU, in small")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["moempi", "copies", "tp"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["moempi", "alone", "copies", "tp"])
+    parser.add_argument("--ways", nargs="*", type=int, help="of `transformers`, by their places; all by default")
     given = parser.parse_args()
     end, n = time.monotonic() + given.seconds, given.gpus or count_gpus()
     out = (given.out or HERE / "results" / f"whole_job_{n}.json").resolve()
@@ -61,7 +62,7 @@ def main() -> None:
                 continue
             began = time.monotonic()
             try:
-                results[part] = run(folder, n, began + share * (end - began), given.small)
+                results[part] = run(folder, n, began + share * (end - began), given)
             except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
                 results[part] = {"error": said(error)}
             results[part]["took"] = time.monotonic() - began
@@ -79,10 +80,11 @@ def write_inputs_of(folder: Path, *, small: bool) -> None:
     (folder / "prompts.json").write_text(json.dumps(prompts))
 
 
-def moempi(folder: Path, n: int, deadline: float, small: bool) -> dict[str, Any]:
+def moempi(folder: Path, n: int, deadline: float, given: argparse.Namespace) -> dict[str, Any]:
     """Prefill and the whole job, on all ranks and on one."""
-    out, new = folder / "moempi.json", 4 if small else NEW_TOKENS
-    line = [*_mpi(n), str(HERE / "whole_job_ranks.py"), str(folder), str(new), "cpu" if small else "cuda", str(out)]
+    out, new, device = folder / "moempi.json", 4 if given.small else NEW_TOKENS, "cpu" if given.small else "cuda"
+    counts = [n] if "alone" in given.skip else [n, 1]
+    line = [*_mpi(n), str(HERE / "whole_job_ranks.py"), str(folder), str(new), device, str(out), *map(str, counts)]
     try:
         _finish(_start(line, dict(os.environ)), line, deadline)
         error = {}
@@ -98,12 +100,14 @@ def said(error: Exception) -> str:
     return re.sub(r"/[\w./-]*/", "", str(error))[-1500:]
 
 
-def copies(folder: Path, n: int, deadline: float, small: bool) -> dict[str, Any]:
+def copies(folder: Path, n: int, deadline: float, given: argparse.Namespace) -> dict[str, Any]:
     """One copy of the model per GPU, all at once; rates are those of all copies together."""
     outs = [folder / f"copy-{i}.json" for i in range(n)]
-    lines = [_transformers(folder, small, out, i, n) for i, out in enumerate(outs)]
+    ways = [f"--ways={','.join(map(str, given.ways))}"] if given.ways else []
+    lines = [[*_transformers(folder, given.small, out, i, n), *ways] for i, out in enumerate(outs)]
     running = [
-        _start(line, {**os.environ, "CUDA_VISIBLE_DEVICES": "" if small else str(i)}) for i, line in enumerate(lines)
+        _start(line, {**os.environ, "CUDA_VISIBLE_DEVICES": "" if given.small else str(i)})
+        for i, line in enumerate(lines)
     ]
     errors = []
 
@@ -130,8 +134,9 @@ def together(found: list[dict[str, Any]]) -> dict[str, Any]:
     return ways
 
 
-def tensor_parallel(folder: Path, n: int, deadline: float, small: bool) -> dict[str, Any]:
+def tensor_parallel(folder: Path, n: int, deadline: float, given: argparse.Namespace) -> dict[str, Any]:
     """One model over all GPUs."""
+    small = given.small
     if small or shutil.disk_usage(folder).free < 20e9:
         return {"error": "not tried: on the CPU, or no 20 GB of disk"}
     out = folder / "tp.json"

@@ -1,6 +1,6 @@
-"""Started under mpirun: a random model as whole jobs, prefill and all of it, on all ranks and on rank 0. Writes JSON.
+"""Started under mpirun: a random model as whole jobs, prefill and all of it, on the first so many ranks. Writes JSON.
 
-python whole_job_ranks.py FOLDER NEW_TOKENS DEVICE OUT
+python whole_job_ranks.py FOLDER NEW_TOKENS DEVICE OUT COUNT [COUNT ...]
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ WARM_UP = 16  # prompts of a first job, for which kernels are compiled
 
 def main() -> None:
     folder, new_tokens, device, out = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+    counts = list(map(int, sys.argv[5:]))
     world = start_mpi(device)
     from moempi.bench.jobs import Phase, run_job  # which loads MPI
 
@@ -35,7 +36,7 @@ def main() -> None:
     mpi.meet(world)
     found: list[dict[str, Any]] = []
     # Prefill twice: the first job of a size compiles kernels for it.
-    for ranks in dict.fromkeys((world.size, 1)):
+    for ranks in dict.fromkeys(counts):
         part = world.Split(0 if world.rank < ranks else 1, world.rank)
         for name in ("warm", "prefill", "prefill", "whole"):
             outcome = None

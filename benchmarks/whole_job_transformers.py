@@ -1,6 +1,7 @@
 """A random model in `transformers`, every way of generating, on the GPU that this process sees. Writes JSON.
 
     python whole_job_transformers.py FOLDER NEW_TOKENS OUT INDEX COUNT    # prompts INDEX, INDEX + COUNT, ...
+    python whole_job_transformers.py ... --ways=0,5                       # only these, by their places in WAYS
     python whole_job_transformers.py ... --save                           # only write the model, for --tp
     torchrun ... whole_job_transformers.py ... --tp                       # one model over the GPUs of all processes
 
@@ -44,7 +45,12 @@ def main() -> None:
     tp = "--tp" in sys.argv
     model = load(folder) if tp else build(folder)
     found: dict[str, Any] = {}
-    for name, way in (TP if tp else WAYS).items():
+    ways = TP if tp else WAYS
+    for option in sys.argv[6:]:
+        if option.startswith("--ways="):
+            places = map(int, option.removeprefix("--ways=").split(","))
+            ways = dict(list(ways.items())[place] for place in places)
+    for name, way in ways.items():
         signal.alarm(LIMIT)
         try:
             # Continuous batching writes out of another thread, which inference mode would not let it.

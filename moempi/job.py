@@ -102,7 +102,7 @@ class RunOptions(Section):
     prefill_tokens: int = option(512, "most tokens of one microbatch in a step", "tokens", ge=1)
     microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = option(
         "auto",
-        "microbatches in flight on every rank; auto: 2 in prefill (GPUs: 3), in decode 1, or 2 if calls are large",
+        "microbatches in flight on every rank; auto: in prefill 2 for large experts, on GPUs 3; in decode 1 or 2",
     )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "what the ranks compute on; auto: a GPU each where torch sees any, else the CPU"

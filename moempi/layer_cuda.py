@@ -62,7 +62,8 @@ class CudaStep(Step):
     @property
     def shape(self) -> tuple[int, ...]:
         """What a recording of a steady step depends on."""
-        return self.plan.positions.data_ptr(), len(self.plan.positions), self.plan.pages.shape[1]
+        where = self.plan.positions.data_ptr(), self.turns.data_ptr()
+        return *where, len(self.plan.positions), self.plan.pages.shape[1]
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ class CudaForward(Forward):
         """A step of the host, on the GPU."""
         device, plan, n = self.cache.keys.device, step.plan, step.n_tokens
         turns = F.pad(step.owners + plan.positions[:n], (0, len(plan.positions) - n), value=-1)
-        tensors = {**plan.tensors(), "tokens": step.tokens, "last": step.last, "turns": turns}
+        # What recordings read comes first: where it lies depends on nothing that is not padded.
+        tensors = {**plan.tensors(), "turns": turns, "tokens": step.tokens, "last": step.last}
         buffers, words = self.buffers_of(step.microbatch) if plan.steady else None, words_of(tensors)
         memory = buffers.room_for_step(words) if buffers else torch.empty(words, dtype=torch.int64, device=device)
         there = all_to_device(tensors, memory)

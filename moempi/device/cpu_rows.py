@@ -18,11 +18,11 @@ from moempi.device.kernels import PANEL, TILE
 from moempi.device.kernels.compiled import Kernels, kernels
 from moempi.model.attention import AttentionPlan
 from moempi.model.cache import KVCache
+from moempi.model.config import SMALL
 from moempi.model.gate import Route
 
 LANES = 16
 BLOCK = 4  # rows that a kernel takes at a time
-SMALL = 2**17  # weights of a product that fits a core's cache
 SHARED = 2**18  # weights of a product, up to which one thread is faster than several
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from moempi.errors import DataError
 
 PAGE = 64  # positions of a page of the KV cache, which is also a block of keys in attention
+SMALL = 2**17  # weights of a product, up to which they stay in a core's cache
 MOST = 10_000  # layers, or experts of a layer: a damaged file may claim anything
 
 
@@ -38,6 +39,11 @@ class ModelConfig:
     tied_embeddings: bool
     max_positions: int
     eos_tokens: tuple[int, ...]
+
+    @property
+    def small_experts(self) -> bool:
+        """Whether a core's cache holds the weights of an expert's products."""
+        return 2 * self.expert_hidden * self.d_model <= SMALL
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -229,11 +229,13 @@ def microbatches_auto(config: ModelConfig, n_ranks: int, capacity: int, *, gpu: 
 
     With few rows an expert call takes as long as reading the weights, so that two calls take twice as long: in decode
     there are 2 where the mean call has rows enough, else 1. In prefill there are rows enough, and one microbatch's
-    messages, on a GPU the host's time too, pass under what another one computes.
+    messages, on a GPU the host's time too, pass under what another one computes; but calls of small experts on a CPU
+    cost what they cost the host.
     """
     rows = capacity * config.top_k * n_ranks / config.n_experts
     decoding = 1 if n_ranks == 1 or rows < _ROWS_FOR_TWO else 2
-    prefilling = _PREFILLING_ON_GPU if gpu else _PREFILLING if n_ranks > 1 else 1
+    one = n_ranks == 1 or config.small_experts
+    prefilling = _PREFILLING_ON_GPU if gpu else 1 if one else _PREFILLING
     return Microbatches(max(decoding, min(prefilling, capacity)), decoding)
 
 

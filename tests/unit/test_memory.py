@@ -27,6 +27,7 @@ SMALL = ModelConfig(
     tied_embeddings=False, max_positions=64, eos_tokens=(),
 )  # fmt: skip
 TIED = replace(SMALL, tied_embeddings=True)
+LARGE = replace(SMALL, d_model=1024, expert_hidden=65)  # gate and up together beyond 2^17 weights
 STEP = {"capacity": 3, "kv_tokens": 65, "max_step_tokens": 10, "microbatches": 2, "arrival_budget": 5000}
 
 # By hand, in bfloat16 (2 bytes):
@@ -161,13 +162,14 @@ def test_the_budget_holds_one_largest_message_and_its_answer() -> None:
     ],
 )
 def test_microbatches_auto(n_ranks: int, capacity: int, prefilling: int, decoding: int) -> None:
-    assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=False) == (prefilling, decoding)
+    assert memory.microbatches_auto(LARGE, n_ranks, capacity, gpu=False) == (prefilling, decoding)
+    assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=False) == (decoding, decoding)
     assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=True) == (3, decoding)
 
 
 @pytest.mark.parametrize(("gpu", "expected"), [(False, [1, 2, 2, 2]), (True, [1, 2, 3, 3])])
 def test_no_more_microbatches_than_sequences(gpu: bool, expected: list[int]) -> None:
-    assert [memory.microbatches_auto(SMALL, 2, n, gpu=gpu).n for n in (1, 2, 3, 4)] == expected
+    assert [memory.microbatches_auto(LARGE, 2, n, gpu=gpu).n for n in (1, 2, 3, 4)] == expected
 
 
 # ---------------------------------------------------------------- limits
