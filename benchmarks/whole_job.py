@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=["moempi", "alone", "copies", "tp"])
     parser.add_argument("--ways", nargs="*", type=int, help="of `transformers`, by their places; all by default")
     given = parser.parse_args()
+    if (given.skip or given.ways) and not given.out:
+        parser.error("--out: what is not all of it does not belong into results/")
     end, n = time.monotonic() + given.seconds, given.gpus or count_gpus()
     out = (given.out or HERE / "results" / f"whole_job_{n}.json").resolve()
     results: dict[str, Any] = {"gpus": n, "devices": devices()}
@@ -81,7 +83,7 @@ def write_inputs_of(folder: Path, *, small: bool) -> None:
 
 
 def moempi(folder: Path, n: int, deadline: float, given: argparse.Namespace) -> dict[str, Any]:
-    """Prefill and the whole job, on all ranks and on one."""
+    """Prefill and the whole job, on all ranks and, if not skipped, on one alone."""
     out, new, device = folder / "moempi.json", 4 if given.small else NEW_TOKENS, "cpu" if given.small else "cuda"
     counts = [n] if "alone" in given.skip else [n, 1]
     line = [*_mpi(n), str(HERE / "whole_job_ranks.py"), str(folder), str(new), device, str(out), *map(str, counts)]

@@ -114,13 +114,12 @@ def message_memory(shape: Shape, device: Cuda, capacity: int, *, home: bool) -> 
 
 def steady_rooms(memory: MessageMemory, shape: Shape, capacity: int) -> list[tuple[Rows, Rows]]:
     """For every microbatch what it keeps of the homes' memory: the rows of a steady step, and their answers."""
-    config, dtype = shape.config, shape.dtype
-    n, nbytes = steady_rows(capacity) * config.top_k, steady_message_bytes(config, dtype.itemsize, capacity)
+    n, dtypes = steady_rows(capacity) * shape.config.top_k, (shape.dtype, shape.dtype)
     rooms = []
     for _ in range(shape.layout.n_microbatches):
-        block = memory.take(block_bytes([nbytes // 2] * 2), home=True)
-        assert block is not None, "the memory was made for them"
-        rooms.append(memory.twice(block, n, config.d_model, (dtype, dtype)))
+        pair = memory.take_pair(n, shape.config.d_model, dtypes, home=True)
+        assert pair is not None, "the memory was made for them"
+        rooms.append(pair[1:])
     return rooms
 
 

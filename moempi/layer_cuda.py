@@ -1,4 +1,7 @@
-"""The stages of a layer on a GPU. The way through them is `moempi.layer`'s; nothing is sliced, nothing waits."""
+"""The stages of a layer on a GPU. The way through them is `moempi.layer`'s; nothing is sliced, nothing waits.
+
+A steady step, one token of each sequence, has a way of its own (`pass_steady`), most of it recorded.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moempi.batch import Step
@@ -17,6 +19,7 @@ from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_rows import add_norm, gather, sort_pairs, turn_heads
 from moempi.device.cuda_rows import combine as add_outputs
 from moempi.device.cuda_transfer import all_to_device, words_of
+from moempi.device.tile_plan import for_kernels
 from moempi.errors import MoempiError
 from moempi.exchange.dispatch_cuda import CudaRows, CudaTable, Sent, combine, dispatch, send
 from moempi.exchange.engine_cuda import CudaEngine
@@ -61,7 +64,7 @@ class CudaStep(Step):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What a recording of a steady step depends on."""
+        """What a recording of a steady step depends on: where what it reads lies, and how much there is."""
         where = self.plan.positions.data_ptr(), self.turns.data_ptr()
         return *where, len(self.plan.positions), self.plan.pages.shape[1]
 
@@ -86,10 +89,8 @@ class CudaForward(Forward):
 
     def on_gpu(self, step: Step) -> CudaStep:
         """A step of the host, on the GPU."""
-        device, plan, n = self.cache.keys.device, step.plan, step.n_tokens
-        turns = F.pad(step.owners + plan.positions[:n], (0, len(plan.positions) - n), value=-1)
-        # What recordings read comes first: where it lies depends on nothing that is not padded.
-        tensors = {**plan.tensors(), "turns": turns, "tokens": step.tokens, "last": step.last}
+        device, plan = self.cache.keys.device, step.plan
+        tensors = for_kernels(step)
         buffers, words = self.buffers_of(step.microbatch) if plan.steady else None, words_of(tensors)
         memory = buffers.room_for_step(words) if buffers else torch.empty(words, dtype=torch.int64, device=device)
         there = all_to_device(tensors, memory)
@@ -110,27 +111,37 @@ class CudaForward(Forward):
         assert isinstance(step, CudaStep)
         if step.buffers is None:
             return await super().pass_layer(layer, x, step)
-        buffers, n = step.buffers, step.n_tokens
-        route = buffers.graphs.run(step.shape, layer.number, lambda: self.until_sent(layer, step, buffers))
-        self.lap(ATTEND, layer.number, step, n)
+        await self.pass_steady(layer, x, step, step.buffers)
+        return x
+
+    # ------------------------------------------------------------ steady steps
+
+    async def pass_steady(self, layer: Layer, x: Tensor, step: CudaStep, buffers: StepBuffers) -> None:
+        """One layer of a steady step, in place: x is the first rows of `buffers.x`, up to what is combined later."""
+        n, number = step.n_tokens, layer.number
+        route = buffers.graphs.run(step.shape, number, lambda: self.until_sent(layer, step, buffers))
+        self.lap(ATTEND, number, step, n)
         if route is None:
-            return x
+            return
         route = Route(route.experts[:n], route.weights[:n])
-        if not self.is_recorded_whole(layer.number):
+        if self.is_recorded_whole(number):
+            await self.returned(layer, step, route, await self.send_steady(layer, step, buffers))
+            if number + 1 < len(self.network.layers):
+                return  # the next one combines
+            self.combine_steady(n, buffers)
+        else:
             rows = await self.dispatch(layer, buffers.hidden[:n], route, step)
             combine(self.engine, buffers.attended[:n], route, rows, out=x)
-            self.lap(COMBINE, layer.number, step, n)
-            return x
-        table = self.tables[layer.number].table
+        self.lap(COMBINE, number, step, n)
+
+    async def send_steady(self, layer: Layer, step: CudaStep, buffers: StepBuffers) -> Sent:
+        """Send the rows that a recording has packed, once the host knows how many go where."""
+        table, n = self.tables[layer.number].table, step.n_tokens * layer.config.top_k
         await self.engine.passed()
         counts = self.engine.counts(step.microbatch, len(table.covers)).numpy().copy()
-        packed, answers = (rows.part(0, n * layer.config.top_k) for rows in (buffers.packed, buffers.answers))
-        back = send(self.engine, table, step.microbatch, counts, packed, answers, self.most_rows, step.key)
-        await self.returned(layer, step, route, Sent(counts, back))
-        if layer.number + 1 == len(self.network.layers):
-            self.combine_steady(n, buffers)
-            self.lap(COMBINE, layer.number, step, n)
-        return x
+        rows, answers = buffers.packed.part(0, n), buffers.answers.part(0, n)
+        back = send(self.engine, table, step.microbatch, counts, rows, answers, self.most_rows, step.key)
+        return Sent(counts, n, back)
 
     def is_recorded_whole(self, number: int) -> bool:
         """Whether a layer's recording packs its rows, and the next one's combines them: its slots are whole experts."""
@@ -212,7 +223,7 @@ class CudaForward(Forward):
         if recorder.level == "routes":
             await self.keep_routes(layer, route, step)
         await back
-        recorder.waited(layer.number, step.key, begin, back.at, int(sent.counts.sum()), back.by)
+        recorder.waited(layer.number, step.key, begin, back.at, sent.rows, back.by)
 
     def combine(self, layer: Layer, x: Tensor, route: Route, rows: CudaRows, step: Step) -> Tensor:  # type: ignore[override]
         """Rows of the residual stream with their experts' outputs added."""

@@ -251,7 +251,7 @@ def _microbatches(job: Job, config: ModelConfig, n_ranks: int, held: int, device
     if job.exchange.lockstep:
         return memory.Microbatches(1, 1)  # all ranks meet after every layer, so a rank can have one under way
     if job.run.microbatches == "auto":
-        return memory.microbatches_auto(config, n_ranks, held, gpu=device == "cuda")
+        return memory.microbatches_auto(config, n_ranks, held, leaves=job.model.leaves, gpu=device == "cuda")
     return memory.Microbatches(job.run.microbatches, job.run.microbatches)
 
 

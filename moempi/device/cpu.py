@@ -19,9 +19,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moempi.device import cpu_rows
-from moempi.device.cpu_rows import SmallLinear, WideLinear, is_small
+from moempi.device.cpu_rows import SmallLinear, WideLinear
 from moempi.device.kernels.compiled import has_wide_product
 from moempi.errors import MoempiError
+from moempi.model.config import is_small, is_small_expert
 from moempi.model.gate import Route, greedy
 
 TILE_ROWS = 16  # rows of a tile, and the multiple that features are padded to, where products are not packed
@@ -159,7 +160,7 @@ class Cpu:
 
     def has_small_experts(self, hidden: int, d_model: int) -> bool:
         """Whether an expert of so many hidden units is one kernel (`SmallExpert`)."""
-        return is_small(2 * hidden, d_model)
+        return is_small_expert(hidden, d_model)
 
     def normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         """RMS norm of x [R, D], rounded to `dtype`."""

@@ -14,26 +14,19 @@ from itertools import chain, pairwise
 import torch
 from torch import Tensor
 
-from moempi.device.kernels import PANEL, TILE
+from moempi.device.kernels import PANEL, ROWS, TILE
 from moempi.device.kernels.compiled import Kernels, kernels
 from moempi.model.attention import AttentionPlan
 from moempi.model.cache import KVCache
-from moempi.model.config import SMALL
 from moempi.model.gate import Route
 
 LANES = 16
-BLOCK = 4  # rows that a kernel takes at a time
 SHARED = 2**18  # weights of a product, up to which one thread is faster than several
 
 
 def kernels_for(dtype: torch.dtype) -> Kernels:
     """The kernels for rows of float32 or bfloat16."""
     return kernels(dtype == torch.bfloat16)
-
-
-def is_small(outputs: int, inputs: int) -> bool:
-    """Whether a weight [O, I] fits a core's cache. Its shape alone decides who multiplies, never the rows."""
-    return outputs * inputs <= SMALL
 
 
 _scratch = torch.empty(0, dtype=torch.float32)
@@ -71,7 +64,7 @@ class SmallLinear:
         self.shape, self.dtype = (weight.shape[0], weight.shape[1]), weight.dtype
         self._panels = pack_panels(weight)
         self._weight = self._panels.data_ptr()
-        self._scratch = BLOCK * (self.shape[1] + padded(self.shape[0]))
+        self._scratch = ROWS * (self.shape[1] + padded(self.shape[0]))
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """[R, I] -> [R, O] in the weight's dtype; `residual` [R, O] of that dtype is added before it is rounded."""
@@ -177,7 +170,7 @@ def run_experts(batches: list[list[int]], shape: SmallExpert, dtype: torch.dtype
         dtype, out: of rows and of answers.
     """
     table = array("q", chain.from_iterable(batches))  # a tenth of what a tensor of the same costs
-    room = BLOCK * (2 * padded(shape.d_model) + 2 * padded(shape.hidden))
+    room = ROWS * (2 * padded(shape.d_model) + 2 * padded(shape.hidden))
     kernels_for(dtype).experts(
         table.buffer_info()[0], len(batches), shape.d_model, shape.hidden, out == torch.float32, scratch(room)
     )

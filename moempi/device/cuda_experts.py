@@ -13,7 +13,8 @@ from torch import Tensor
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import product_at, product_by_tiles, tile_for, unit_of
-from moempi.device.cuda_rows import WORDS, put_words, swiglu, swiglu_at, tile_tables
+from moempi.device.cuda_rows import put_words, swiglu, swiglu_at, tile_tables
+from moempi.device.cuda_source import WORDS
 from moempi.device.cuda_transfer import put
 from moempi.model.expert import Expert
 

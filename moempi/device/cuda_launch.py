@@ -27,7 +27,7 @@ class Kernel:
 
     def __init__(self, raw: cupy.RawKernel, n_parameters: int, words: int = 1):
         self._raw, self._function = raw, raw.kernel.ptr
-        self._values = (ctypes.c_int64 * (n_parameters - 1 + words))()
+        self._is_struct, self._values = words > 1, (ctypes.c_int64 * (n_parameters - 1 + words))()
         begin = ctypes.addressof(self._values)
         self._places = (ctypes.c_void_p * n_parameters)(*range(begin, begin + 8 * n_parameters, 8))
         self._parameters = ctypes.addressof(self._places)
@@ -39,7 +39,10 @@ class Kernel:
             values: an address, an integer, or `float_bits` of a float for every parameter; of a struct the first words.
             shared: bytes of memory that a block asks for.
         """
-        self._values[: len(values)] = values
+        if self._is_struct:
+            self._values[: len(values)] = values
+        else:
+            self._values[:] = values
         driver.launchKernel(self._function, blocks, 1, 1, threads, 1, 1, shared, current_stream(), self._parameters, 0)
 
 

@@ -92,13 +92,17 @@ class MessageMemory:
         """Take a block back. Nothing may be about to read or write it."""
         (self.home if block.home else self.arrivals).give(block.offset)
 
-    def twice(self, block: Block, n: int, d: int, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Rows, Rows]:
-        """n rows [n, D] of each of two dtypes that share a block: such as rows and their answers."""
-        first, second = dtypes
-        behind = block.offset + aligned(n * d * first.itemsize)
-        return Rows(self._typed[first], block.offset // first.itemsize, n, d), Rows(
-            self._typed[second], behind // second.itemsize, n, d
-        )
+    def take_pair(
+        self, n: int, d: int, dtypes: tuple[torch.dtype, torch.dtype], *, home: bool
+    ) -> tuple[Block, Rows, Rows] | None:
+        """A block with n rows [n, D] and, of another dtype, their answers [n, D]; None while there is no room."""
+        sizes = [n * d * dtype.itemsize for dtype in dtypes]
+        block = self.take(block_bytes(sizes), home=home)
+        if block is None:
+            return None
+        rows, answers = dtypes
+        begin = block.offset // rows.itemsize, (block.offset + block_bytes(sizes[:1])) // answers.itemsize
+        return block, Rows(self._typed[rows], begin[0], n, d), Rows(self._typed[answers], begin[1], n, d)
 
 
 def block_bytes(parts: Sequence[int]) -> int:

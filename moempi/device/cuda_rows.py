@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moempi.device.cuda_launch import Kernel, float_bits
-from moempi.device.cuda_source import SOURCE
+from moempi.device.cuda_source import SOURCE, WORDS
 from moempi.model.attention import AttentionPlan
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -196,9 +196,6 @@ def tile_tables(
         units: in a row of a batch, of what comes out of the first product, and of what goes into the second one.
     """
     _kernel("tile_tables", 11)(1, 1024, [batches, begins, inward, outward, tiles, *shape, tile, *units])
-
-
-WORDS = 240  # that a launch takes along
 
 
 def put_words(values: list[int], address: int) -> None:

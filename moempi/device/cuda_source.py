@@ -1,5 +1,7 @@
 """The CUDA C++ of the row kernels. Launched by `moempi.device.cuda_rows`, which says what goes in and out."""
 
+WORDS = 240  # that a launch takes along
+
 SOURCE = r"""
 typedef long long integer;
 
@@ -43,7 +45,7 @@ __device__ inline float block_sum(float x) {
 }
 
 // Words that come with the launch: nothing of the host is read later.
-struct Words { integer at[240]; };
+struct Words { integer at[N_WORDS]; };
 
 __global__ void put_words(integer* to, integer n, Words words) {
   for (integer i = threadIdx.x; i < n; i += blockDim.x) to[i] = words.at[i];
@@ -332,4 +334,4 @@ __global__ void greedy(const float* logits, integer* tokens, float* logprobs, in
     logprobs[blockIdx.x] = fabsf(best) < infinity ? -logf(sum) : __int_as_float(0x7fc00000);
   }
 }
-"""
+""".replace("N_WORDS", str(WORDS))

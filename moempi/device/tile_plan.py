@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from moempi.batch import Step
 from moempi.model.attention import AttentionPlan, Span, plan_attention
 from moempi.model.config import PAGE
 from moempi.planning.gpu_memory import ROUND, STEADY
@@ -37,6 +38,16 @@ class TilePlan(AttentionPlan):
 
 
 _READ = "positions", "write_pages", "write_offsets", "pages", "tiles", "row_positions"
+
+
+def for_kernels(step: Step) -> dict[str, Tensor]:
+    """What a step with a TilePlan tells the kernels, in the order in which it lies in memory.
+
+    What recordings read comes first: where it lies depends on nothing that is not padded.
+    """
+    plan, n = step.plan, step.n_tokens
+    turns = F.pad(step.owners + plan.positions[:n], (0, len(plan.positions) - n), value=-1)
+    return {**plan.tensors(), "turns": turns, "tokens": step.tokens, "last": step.last}
 
 
 def plan_step(spans: Sequence[Span], group: int, spare: int) -> TilePlan:

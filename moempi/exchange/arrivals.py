@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,11 +38,7 @@ class Arrival:
     done: Future | None = None  # set for local rows, whose answer is the home's own memory
     charged: int = 0  # bytes of the arrival budget that it holds
     reply: Callable[[np.ndarray], MPI.Request] | None = None  # sends its answer, where it came from a relay
-
-    @property
-    def group(self) -> tuple[int, int]:
-        """What the homes' microbatches of one number have in common: its layer and that number."""
-        return self.layer, self.microbatch
+    age: int = 0  # the least is served first
 
 
 @dataclass
@@ -78,8 +74,7 @@ class Experts:
         self._slots = slots
         self._queues: dict[SlotKey, deque[_Section]] = {}
         self._rows: dict[SlotKey, int] = {}  # rows here, only of slots that have any
-        self._ages: dict[tuple[int, int], int] = {}  # of (layer, microbatch), by which of them the first rows came
-        self._here: Counter[tuple[int, int]] = Counter()  # arrivals of each that are not complete
+        self._ages: dict[tuple[int, int], int] = {}  # of those to come for a (layer, microbatch)
         self._came = 0
         self._costs = call_costs(slots, threads)
         self._open: set[int] = set()  # layers whose rows do not wait, any more or ever
@@ -110,10 +105,8 @@ class Experts:
         else:
             slots = sum(map(bool, arrival.rows_per_slot))
             self.waiting.add(layer, arrival.source, arrival.left, slots, now)
-        if not self._here[arrival.group]:
-            self._came += 1
-            self._ages[arrival.group] = self._came
-        self._here[arrival.group] += 1
+        self._came += 1
+        arrival.age = self._ages.setdefault((layer, arrival.microbatch), self._came)
         lo = 0
         for number, rows in enumerate(arrival.rows_per_slot):
             if rows:
@@ -125,8 +118,8 @@ class Experts:
     def serve(self, most_rows: int) -> tuple[int, int, list[Arrival]]:
         """One call of an expert; small ones of its layer go together.
 
-        Whose rows came first is served first, so that one microbatch computes while another attends; all homes' ones
-        of a number are one. Of its experts it is the one that most rows wait for.
+        Whose rows came first is served first, so that one microbatch computes while another attends. All homes' ones of
+        a number are one, until the first of them is complete. Of its experts it is the one that most rows wait for.
 
         Returns:
             Its layer, the rows computed, and the arrivals that are complete with them.
@@ -145,14 +138,14 @@ class Experts:
             rows += n
             if section.arrival.left == 0:
                 finished.append(section.arrival)
-                self._here[section.arrival.group] -= 1
+                self._ages.pop((key[0], section.arrival.microbatch), None)
         self.rows_computed += rows
         if not any(layer == key[0] for layer, _ in self._rows):
             self._open.remove(key[0])
         return key[0], rows, finished
 
     def _turn(self, key: SlotKey) -> tuple[int, int]:
-        return self._ages[self._queues[key][0].arrival.group], -self._rows[key]
+        return self._queues[key][0].arrival.age, -self._rows[key]
 
     def _compute(self, key: SlotKey, most_rows: int) -> list[_Section]:
         """All arrivals of a slot as one product."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moempi.device import cuda_rows
-from moempi.device.cuda_memory import Block, Rows, block_bytes
+from moempi.device.cuda_memory import Block, Rows
 from moempi.exchange.engine_cuda import CudaEngine
 from moempi.exchange.plan import cut_into_pieces, plan_messages
 from moempi.exchange.slots import LayerTable
@@ -92,6 +92,7 @@ class Sent(NamedTuple):
     """A dispatch under way."""
 
     counts: np.ndarray  # [covers] pairs
+    rows: int
     back: Future  # done when all answers are there
 
 
@@ -133,7 +134,7 @@ async def dispatch(
     slot_counts = counts[on_gpu.cover_of_slot] if table.cut else counts
     back = send(engine, table, microbatch, slot_counts, rows, answers, most_rows, key)
     slot_begin = np.concatenate([[0], slot_counts.cumsum()])
-    return CudaRows(table, answers, places, slot_begin, block, engine.dtype), Sent(counts, back)
+    return CudaRows(table, answers, places, slot_begin, block, engine.dtype), Sent(counts, len(rows), back)
 
 
 def send(
@@ -150,7 +151,7 @@ def send(
     messages = [p for message in plan_messages(slot_counts, table) for p in cut_into_pieces(message, most_rows)]
     back = Future(sum(map(engine.notifications, messages)))
     engine.recorder.dispatching = key
-    engine.recorder.lap(PACK, table.layer, key, int(slot_counts.sum()))
+    engine.recorder.lap(PACK, table.layer, key, len(rows))
     for m in sorted(messages, key=lambda m: m.destination == engine.rank):  # what travels goes first
         engine.send(m, table.layer, microbatch, rows.part(m.lo, m.hi), answers.part(m.lo, m.hi), back)
     return back
@@ -158,9 +159,8 @@ def send(
 
 async def _reserve(engine: CudaEngine, n: int, d: int, table: LayerTable) -> tuple[Rows, Rows, Block]:
     """Room for n rows and their answers, in one block: who waits for room holds none."""
-    dtypes = engine.dtype, engine.answer_dtype(table)
-    block = await engine.room(block_bytes([n * d * dtype.itemsize for dtype in dtypes]))
-    return *engine.memory.twice(block, n, d, dtypes), block
+    block, rows, answers = await engine.room(n, d, (engine.dtype, engine.answer_dtype(table)))
+    return rows, answers, block
 
 
 def _by_slot(pairs: Tensor, counts: np.ndarray, on_gpu: CudaTable) -> Tensor:

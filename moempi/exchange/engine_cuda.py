@@ -20,7 +20,7 @@ from mpi4py import MPI
 from torch import Tensor
 
 from moempi.device.cuda_clock import Clock
-from moempi.device.cuda_memory import Block, MessageMemory, Rows, block_bytes
+from moempi.device.cuda_memory import Block, MessageMemory, Rows
 from moempi.device.cuda_transfer import Copies, to_host
 from moempi.exchange.arrivals import Arrival
 from moempi.exchange.arrivals_cuda import CudaExperts
@@ -152,12 +152,12 @@ class CudaEngine(Engine):
 
     # ------------------------------------------------------------ memory of messages
 
-    async def room(self, nbytes: int) -> Block:
-        """A block of the homes' memory; waits until there is one."""
-        while (block := self.memory.take(nbytes, home=True)) is None:
+    async def room(self, n: int, d: int, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Block, Rows, Rows]:
+        """A block of the homes' memory with rows [n, D] and their answers; waits until there is one."""
+        while (pair := self.memory.take_pair(n, d, dtypes, home=True)) is None:
             self._wanting_room.append(Future())
             await self._wanting_room[-1]
-        return block
+        return pair
 
     def give(self, block: Block) -> None:
         """Take a block back, behind everything that has been launched on the current stream."""
@@ -220,11 +220,11 @@ class CudaEngine(Engine):
         """Receive the rows of a dispatch if there is room for them and their answer."""
         layer, n = self.tags.layer(header.tag), sum(header.rows_per_slot)
         dtypes = self.dtype, self.answer_dtype(self.tables[layer])
-        block = self.memory.take(block_bytes([n * self.d_model * dtype.itemsize for dtype in dtypes]), home=False)
-        if block is None:
+        pair = self.memory.take_pair(n, self.d_model, dtypes, home=False)
+        if pair is None:
             self.experts.waiting.hurry()
             return False
-        rows, answer = self.memory.twice(block, n, self.d_model, dtypes)
+        block, rows, answer = pair
         arrival = Arrival(
             header.source,
             header.tag,

@@ -82,8 +82,11 @@ class Waiting:
         fullest = max(self._queues, key=lambda layer: self._queues[layer].rows)
         if not self._is_few(fullest, self._queues[fullest].rows):
             return fullest
-        ready = (n for n, queue in self._queues.items() if now >= queue.until or not self._missing(n))
-        return next(ready, None)
+        missing = {layer: self._missing(layer) for layer in self._queues}
+        ready = (n for n, queue in self._queues.items() if now >= queue.until or not missing[n])
+        # Where each waits for one that waits here as well, in a circle, nobody comes before something is computed.
+        here = set[int]().union(*(queue.homes for queue in self._queues.values()))
+        return next(ready, first if all(homes <= here for homes in missing.values()) else None)
 
     def take(self, layer: int, left: Mapping[int, int], now: int) -> None:
         """A layer is computed; `left`: rows by home that the call had no room for. Who did not come is not expected."""

@@ -9,13 +9,23 @@ from typing import Any
 from moempi.errors import DataError
 
 PAGE = 64  # positions of a page of the KV cache, which is also a block of keys in attention
-SMALL = 2**17  # weights of a product, up to which they stay in a core's cache
 MOST = 10_000  # layers, or experts of a layer: a damaged file may claim anything
+SMALL = 2**17  # weights of a product that fits a core's cache
 
 
 def padded_head(head_dim: int) -> int:
     """Head dimension as it is stored: a multiple of 16, so that products of every model keep their bits."""
     return -(-head_dim // 16) * 16
+
+
+def is_small(outputs: int, inputs: int) -> bool:
+    """Whether a weight [O, I] fits a core's cache. Its shape alone decides who multiplies, never the rows."""
+    return outputs * inputs <= SMALL
+
+
+def is_small_expert(hidden: int, d_model: int) -> bool:
+    """Whether an expert, or a leaf of one, of so many hidden units is small as a whole."""
+    return is_small(2 * hidden, d_model)
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,6 @@ class ModelConfig:
     tied_embeddings: bool
     max_positions: int
     eos_tokens: tuple[int, ...]
-
-    @property
-    def small_experts(self) -> bool:
-        """Whether a core's cache holds the weights of an expert's products."""
-        return 2 * self.expert_hidden * self.d_model <= SMALL
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from moempi.device.cpu_rows import SmallExpert, is_small
+from moempi.device.cpu_rows import SmallExpert
 from moempi.device.seam import Device
+from moempi.model.config import is_small
 
 Part = TypeVar("Part")
 

@@ -53,7 +53,7 @@ def steady_rows(capacity: int) -> int:
 
 def steady_message_bytes(config: ModelConfig, dtype_bytes: int, capacity: int) -> int:
     """Rows of a microbatch's steady steps and the room for their answers, which are kept beside those of prefill."""
-    return 2 * steady_rows(capacity) * config.top_k * config.d_model * dtype_bytes if config.moe_layers else 0
+    return 2 * steady_rows(capacity) * config.top_k * config.d_model * dtype_bytes
 
 
 def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:

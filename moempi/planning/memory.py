@@ -17,7 +17,7 @@ import numpy as np
 from moempi.errors import FitError
 from moempi.exchange.relay_plan import Ways
 from moempi.exchange.relay_wire import ALIGNED
-from moempi.model.config import PAGE, ModelConfig, padded_head
+from moempi.model.config import PAGE, ModelConfig, is_small_expert, padded_head
 from moempi.planning import gpu_memory
 from moempi.planning.placement import COLUMNS, Placement
 from moempi.recorder import PART_BYTES, PARTS_HELD
@@ -224,18 +224,20 @@ class Microbatches(NamedTuple):
     decoding: int  # of them take the sequences that have one token to go in a step
 
 
-def microbatches_auto(config: ModelConfig, n_ranks: int, capacity: int, *, gpu: bool) -> Microbatches:
+def microbatches_auto(
+    config: ModelConfig, n_ranks: int, capacity: int, *, leaves: int = 1, gpu: bool = False
+) -> Microbatches:
     """For `run.microbatches` = "auto".
 
     With few rows an expert call takes as long as reading the weights, so that two calls take twice as long: in decode
     there are 2 where the mean call has rows enough, else 1. In prefill there are rows enough, and one microbatch's
     messages, on a GPU the host's time too, pass under what another one computes; but calls of small experts on a CPU
-    cost what they cost the host.
+    cost mostly Python, and two microbatches make twice as many.
     """
     rows = capacity * config.top_k * n_ranks / config.n_experts
     decoding = 1 if n_ranks == 1 or rows < _ROWS_FOR_TWO else 2
-    one = n_ranks == 1 or config.small_experts
-    prefilling = _PREFILLING_ON_GPU if gpu else 1 if one else _PREFILLING
+    alone_or_small = n_ranks == 1 or is_small_expert(-(-config.expert_hidden // leaves), config.d_model)
+    prefilling = _PREFILLING_ON_GPU if gpu else 1 if alone_or_small else _PREFILLING
     return Microbatches(max(decoding, min(prefilling, capacity)), decoding)
 
 

@@ -22,6 +22,7 @@ from moempi.device.cuda_experts import Batch, Scratch, Stack
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import TILES, product
+from moempi.device.cuda_source import WORDS
 from moempi.device.cuda_transfer import all_to_device, words_of
 from moempi.device.tile_plan import TilePlan, plan_tiles
 from moempi.model import gate
@@ -140,7 +141,7 @@ def test_padding_is_not_sorted_packed_or_combined(
     assert torch.equal(found[tokens:], x[tokens:])
 
 
-@pytest.mark.parametrize("n", [1, 77, cuda_rows.WORDS])
+@pytest.mark.parametrize("n", [1, 77, WORDS])
 def test_words_come_with_the_launch(n: int) -> None:
     words, there = [(-1) ** i * (2**40 + i) for i in range(n)], torch.zeros(n + 1, dtype=torch.int64, device="cuda")
     cuda_rows.put_words(words, there.data_ptr())

@@ -24,6 +24,7 @@ from moempi.errors import EXIT_COMMITTED, EXIT_DONE
 from moempi.files.make_inputs import make_inputs
 from moempi.files.outputs import read_outputs
 from moempi.home import Home
+from moempi.model import config
 from moempi.mpi import Drain, meet
 from moempi.run import run
 
@@ -44,7 +45,7 @@ def test_random_models(
 ) -> None:
     if number % 2:
         # As in models whose weights no cache holds: other kernels, threads that share them, rows that wait.
-        monkeypatch.setattr(cpu_rows, "SMALL", 0)
+        monkeypatch.setattr(config, "SMALL", 0)
         monkeypatch.setattr(cpu_rows, "SHARED", 0)
     case = draw_cases(seed, N_MODELS)[number]
     if world.rank == 0:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moempi.device import cpu_rows
 from moempi.device.cpu import Cpu
 from moempi.exchange import arrivals
 from moempi.exchange.arrivals import Arrival, Experts
+from moempi.model import config
 from moempi.model.expert import Expert
 
 D, HIDDEN, SLOTS = 8, 6, 3
@@ -25,7 +25,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def experts(monkeypatch: pytest.MonkeyPatch, *, large: bool, leaves: int = 1) -> Experts:
     device, random = Cpu(1), torch.Generator().manual_seed(3)
     if large:
-        monkeypatch.setattr(cpu_rows, "SMALL", 0)
+        monkeypatch.setattr(config, "SMALL", 0)
     return Experts(
         {
             (layer, number): Expert(

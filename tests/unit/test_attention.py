@@ -16,7 +16,9 @@ from moempi.model.cache import KVCache, pages_for
 from moempi.model.ops import Rotary, rms_norm, rotate
 
 LENGTHS = [1, 5, 63, 64, 65, 130, 200]
-HEADS = [(4, 4, 32), (8, 2, 20), (3, 1, 16), (6, 3, 10), (2, 1, 110)]  # heads, key-value heads, head_dim
+# heads, key-value heads, head_dim; so many heads as share keys are blocks of 6, 4, 2 and 1
+HEADS = [(4, 4, 32), (8, 2, 20), (3, 1, 16), (6, 3, 10), (2, 1, 110), (8, 1, 20), (7, 1, 16), (12, 1, 48)]
+#, key-value heads, head_dim
 
 
 def draw(heads: int, kv: int, dim: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

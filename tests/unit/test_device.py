@@ -11,10 +11,12 @@ import torch
 
 from moempi.device import cpu, cpu_rows
 from moempi.device.cpu import PIECE_ROWS, PRODUCTS, Cpu, Linear, padded_rows, product_with, row_is_independent
-from moempi.device.cpu_rows import SmallLinear, WideLinear, is_small, shares
-from moempi.device.kernels import compiled
-from moempi.device.kernels.compiled import has_wide_product, kernels
+from moempi.device.cpu_rows import SmallLinear, WideLinear, shares
+from moempi.device.kernels import blocks, compiled
+from moempi.device.kernels.compiled import Kernels, has_wide_product, kernels
 from moempi.errors import MoempiError
+from moempi.model import config
+from moempi.model.config import is_small
 
 SHAPES = [(5, 7), (16, 128), (1, 1), (33, 17), (128, 64), (200, 65)]  # outputs, inputs
 
@@ -37,7 +39,7 @@ def _fresh() -> None:
 @pytest.fixture
 def no_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product is a library's."""
-    monkeypatch.setattr(cpu_rows, "SMALL", 0)
+    monkeypatch.setattr(config, "SMALL", 0)
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def test_products_of_a_row_see_only_that_row(outputs: int, inputs: int, dtype: t
     assert torch.allclose(expected.double(), exact, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=2e-2)
     for threads in (1,) if kind in ("small", "tiled") else (1, 2):
         torch.set_num_threads(threads)
-        for n in (2, 3, 4, 7, 9, 16, 31, 64, 129):
+        for n in (2, 3, 4, 5, 6, 7, 9, 11, 12, 16, 31, 64, 129):
             for place in (0, n // 2, n - 1):
                 x = torch.randn(n, inputs, generator=random).to(dtype)
                 x[place] = row
@@ -117,6 +119,17 @@ def test_threads_share_the_outputs_of_a_large_product(dtype: torch.dtype, monkey
         torch.set_num_threads(threads)
         assert torch.equal(WideLinear(weight)(x, residual), alone)
     assert torch.equal(WideLinear(weight)(x[::2], residual[::2]), alone[::2])
+
+
+def test_blocks_have_the_same_bits_where_registers_hold_fewer_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor without AVX-512."""
+    x, weights = torch.randn(23, 40), [torch.randn(o, 40) for o in (16, 33, 100)]
+    expected = [SmallLinear(weight)(x[:n]) for weight in weights for n in (1, 2, 3, 4, 23)]
+    monkeypatch.setattr(blocks, "sums_in_registers", lambda: 6)
+    narrow = Kernels(compiled.compile_kernels(False), False)
+    monkeypatch.setattr(cpu_rows, "kernels_for", lambda dtype: narrow)
+    found = [SmallLinear(weight)(x[:n]) for weight in weights for n in (1, 2, 3, 4, 23)]
+    assert all(map(torch.equal, found, expected))
 
 
 def test_shares_of_threads_are_all_panels() -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from moempi.batch import Sequence, compose
 from moempi.device import cuda_binding
 from moempi.device.arena import ALIGNMENT, Arena, aligned
 from moempi.device.cuda_binding import gpu_index, installed_cupys, refuse_allocators, why_not
 from moempi.device.cuda_graphs import Graphs
-from moempi.device.tile_plan import plan_step, plan_tiles
+from moempi.device.tile_plan import for_kernels, plan_step, plan_tiles
 from moempi.errors import JobError
 from moempi.exchange import gpu_mpi
 from moempi.exchange.waiting import LONGEST, CallCost, Waiting
@@ -177,6 +179,18 @@ def test_a_steady_step_is_padded_to_few_shapes(lengths: list[int]) -> None:
     assert not plan_step([*spans, Span(5, 7, [0])], 4, spare=999).steady
 
 
+def test_what_recordings_read_lies_at_the_same_places_for_every_number_of_sequences_of_a_shape() -> None:
+    def sizes(n: int) -> list[tuple[str, int]]:
+        sequences = [Sequence(i, [1] * 9, 9, 5, pages=[i], cached=8) for i in range(n)]
+        step = compose(0, 1, sequences, 512, 4, partial(plan_step, spare=999))
+        found = for_kernels(step)
+        assert found["turns"].tolist() == [i + 8 for i in range(n)] + [-1] * (-n % 16)
+        assert list(found)[-2:] == ["tokens", "last"], "whose lengths are those of the step"
+        return [(name, tensor.nbytes) for name, tensor in found.items()][:-2]
+
+    assert all(sizes(n) == sizes(16) for n in range(1, 16)) and sizes(17) != sizes(16)
+
+
 class FakeGraph:
     """A graph whose memory ends with the last of its pool, as torch's does."""
 
@@ -301,6 +315,31 @@ def test_of_two_homes_the_nearer_way_round_says_who_is_behind(apart: int) -> Non
     waiting.take(0, {}, now=0)
     waiting.add(apart, home=1, rows=1, slots=1, now=1)
     assert waiting.choose(1) == (None if apart <= LAYERS // 2 else apart)
+
+
+@pytest.mark.parametrize("places", [(0, LAYERS // 2), (LAYERS // 2, 0), (0, 2, 4), (5, 1, 3)])
+def test_homes_do_not_wait_for_each_other_in_a_circle(places: tuple[int, ...]) -> None:
+    """Each is behind the next one: what came first is computed."""
+    waiting = Waiting(COSTS)
+    for home, layer in enumerate(places):
+        waiting.add(layer, home, rows=1, slots=1, now=home)
+    assert waiting.choose(10) == places[0]
+    waiting.note(places[0], home=99, rows=1)  # of which nothing waits here
+    assert waiting.choose(10) is None, "it may come"
+
+
+def test_of_two_layers_each_is_behind_the_other() -> None:
+    waiting = Waiting(dict.fromkeys((3, 8), COSTS[0]))
+    for home in (0, 1):
+        waiting.add(3, home, rows=1, slots=1, now=0)
+    waiting.take(3, {}, now=0)
+    waiting.add(8, home=0, rows=1, slots=1, now=1)
+    assert waiting.choose(1) is None
+    waiting.add(8, home=1, rows=1, slots=1, now=2)
+    assert waiting.choose(2) == 8
+    waiting.take(8, {}, now=2)
+    waiting.add(3, home=1, rows=1, slots=1, now=3)
+    assert waiting.choose(3) is None, "home 0 begins its next step"
 
 
 def test_what_stands_in_the_way_waits_no_longer() -> None:

@@ -129,6 +129,13 @@ def test_a_home_with_a_gpu_has_a_page_for_padding() -> None:
     assert [plan.kv_bytes for plan in plans] == [KV + KV // 2, 0]
 
 
+def test_a_home_with_a_gpu_keeps_room_for_the_messages_of_steady_steps() -> None:
+    placement = place(SMALL, 2, PlacementOptions(replicas=0), 1)
+    on_cpu, on_gpu = (memory.plan_memory(SMALL, 2, placement, **STEP, gpu=gpu, homes=[0]) for gpu in (False, True))
+    more = STEP["microbatches"] * gpu_memory.steady_message_bytes(SMALL, 2, STEP["capacity"])
+    assert [b.message_bytes - a.message_bytes for a, b in zip(on_cpu, on_gpu, strict=True)] == [more, 0]
+
+
 def test_a_model_without_experts() -> None:
     dense = replace(SMALL, dense_layers=(0, 1, 2))
     plans = memory.plan_memory(dense, 2, place(dense, 2, PlacementOptions(), 1), **STEP)

@@ -17,9 +17,9 @@ def test_rows_lie_where_they_say(dtype: torch.dtype, begin: int) -> None:
     """A block at byte 512, 3 rows of 5: from element 512 / itemsize on."""
     memory = memory_of(2048, 512)
     assert memory.take(1, home=True) == Block(0, True)
-    block = memory.take(3 * 5 * 4, home=True)
-    assert block == Block(512, True)
-    rows = memory.twice(block, 3, 5, (dtype, dtype))[0]
+    found = memory.take_pair(3, 5, (dtype, dtype), home=True)
+    assert found and found[0] == Block(512, True)
+    rows = found[1]
     assert (len(rows), rows.begin, rows.offset, rows.nbytes) == (3, begin, 512, 15 * dtype.itemsize)
     assert rows.address == memory.memory.data_ptr() + 512 == rows.tensor().data_ptr()
     rows.tensor()[:] = torch.arange(15, dtype=dtype).view(3, 5)
@@ -38,11 +38,12 @@ def test_a_part_is_rows_again() -> None:
 def test_answers_behind_rows_of_one_block() -> None:
     """Bfloat16 rows [2, 100] take 400 bytes of 512; the float32 answers begin behind them."""
     memory = memory_of(512, 4096)
-    sizes = [2 * 100 * 2, 2 * 100 * 4]
-    assert block_bytes(sizes) == 512 + 1024
-    block = memory.take(block_bytes(sizes), home=False)
+    assert block_bytes([2 * 100 * 2, 2 * 100 * 4]) == 512 + 1024
+    found = memory.take_pair(2, 100, (torch.bfloat16, torch.float32), home=False)
+    assert found
+    block, rows, answers = found
     assert block == Block(512, False)
-    rows, answers = memory.twice(block, 2, 100, (torch.bfloat16, torch.float32))
     assert (rows.offset, rows.nbytes, answers.offset, answers.nbytes) == (512, 400, 1024, 800)
+    assert memory.take_pair(5, 100, (torch.bfloat16, torch.float32), home=False) is None
     memory.give(block)
     assert memory.take(4096, home=False) == Block(512, False)

@@ -6,5 +6,6 @@ rows lie without gaps. `lanes` is what they are written in, `compiled` is how th
 """
 
 PANEL = 64  # outputs that lie together in a large weight
+ROWS = 4  # that a product with a small weight takes at a time
 TILE = 64  # rows that a large product takes through such a panel while it is in the cache
 ARITHMETIC = 1  # goes up with every change that gives other bits: what was begun with others is not gone on with

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import njit
 from numba.core import cgutils, types
@@ -66,9 +67,18 @@ def _emit(
             write_lanes(b, place, b.load(total))
 
 
+def sums_in_registers() -> int:
+    """How many vectors of sixteen sums the registers of this processor hold, beside what else a block needs."""
+    return 24 if llvm.get_host_cpu_features().get("avx512f", False) else 6
+
+
 def by_blocks(vectors: int, read: Read, times: Times, resumed: bool = False) -> Callable[..., Any]:
-    """`accumulate` of any number of rows, in blocks of six (more sums than that leave no registers), four, two, one."""
-    six, four, two, one = (block(rows, vectors, read, times, resumed) for rows in (6, 4, 2, 1))
+    """`accumulate` of any number of rows, in blocks of six rows, four, two and one.
+
+    Args:
+        vectors: 4, 2 or 1.
+    """
+    six, four, two, one = (_of_rows(rows, vectors, read, times, resumed) for rows in (6, 4, 2, 1))
 
     # Inlined, strides are constants where the caller has them so: a row alone is up to a fifth faster.
     @njit(inline="always")
@@ -85,5 +95,20 @@ def by_blocks(vectors: int, read: Read, times: Times, resumed: bool = False) -> 
             r += 2
         if r < n:
             one(x + r * x_stride, x_stride, length, panel, line, gap, out + r * out_stride, out_stride)
+
+    return accumulate
+
+
+def _of_rows(rows: int, vectors: int, read: Read, times: Times, resumed: bool) -> Callable[..., Any]:
+    """`accumulate` of so many rows: a block, or one beside the other where registers do not hold that many sums."""
+    width = vectors
+    while width > 1 and rows * width > sums_in_registers():
+        width //= 2
+    part = block(rows, width, read, times, resumed)
+
+    @njit(inline="always")
+    def accumulate(x, x_stride, length, panel, line, gap, out, out_stride):
+        for v in range(0, vectors, width):
+            part(x, x_stride, length, panel + v * gap, line, gap, out + VECTOR * v, out_stride)
 
     return accumulate

@@ -11,11 +11,10 @@ from typing import Any
 
 from numba import njit
 
+from moempi.device.kernels import ROWS
 from moempi.device.kernels.blocks import by_blocks
 from moempi.device.kernels.elements import Elements, put_float, silu
 from moempi.device.kernels.lanes import LANES, VECTOR, add, load, multiply, multiply_add, read_int, store
-
-ROWS = 4  # that a kernel takes at a time
 
 
 def times(e: Elements) -> Callable[..., Any]:
