@@ -102,7 +102,8 @@ class RunOptions(Section):
     prefill_tokens: int = option(512, "most tokens of one microbatch in a step", "tokens", ge=1)
     microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = option(
         "auto",
-        "microbatches in flight on every rank; auto: in prefill 2 for large experts, on GPUs 3; in decode 1 or 2",
+        "microbatches in flight on every rank; auto: 1, or 2 where expert calls have many rows; in prefill 2 on "
+        "several CPU ranks with large experts (over 2^17 weights), 3 on GPUs",
     )
     device: Literal["auto", "cpu", "cuda"] = option(
         "auto", "what the ranks compute on; auto: a GPU each where torch sees any, else the CPU"
@@ -166,7 +167,7 @@ class ExchangeOptions(Section):
 
 
 class EngineOptions(Section):
-    slice: Seconds = option(0.004, "longest computation between two looks at the network", "s")
+    slice: Seconds = option(0.004, "what computations on CPUs are cut to, between two looks at the network", "s")
     stall_timeout: Seconds = option(
         300.0, "an unanswered dispatch older than this, or a rank silent for longer, ends the job", "s"
     )

@@ -121,25 +121,21 @@ def build_turn_heads(e: Elements) -> Callable[..., None]:
 
 
 @njit
-def hide(scores, count):
-    """The scores of a page with -inf from `count` on."""
-    lowest = splat(LOWEST)
-    for j in range(0, PAGE, 16):
-        store(scores + 4 * j, first_else(load(scores + 4 * j), count - j, lowest))
+def highest_of(scores, count):
+    """The largest of a page's first scores; what else sixteen of them hold becomes -inf."""
+    last = (count - 1) // 16 * 16
+    store(scores + 4 * last, first_else(load(scores + 4 * last), count - last, splat(LOWEST)))
+    highest = load(scores)
+    for j in range(16, count, 16):
+        highest = larger(highest, load(scores + 4 * j))
+    return largest(highest)
 
 
 @njit
-def highest_of(scores):
-    """The largest score of a page."""
-    low, high = larger(load(scores), load(scores + 64)), larger(load(scores + 128), load(scores + 192))
-    return largest(larger(low, high))
-
-
-@njit
-def weigh(scores, peak):
+def weigh(scores, count, peak):
     """Scores -> exp(score - peak), in place; their sum, lane by lane."""
     sums = splat(0.0)
-    for j in range(0, PAGE, 16):
+    for j in range(0, count, 16):
         v = exp(subtract(load(scores + 4 * j), splat(peak)))
         store(scores + 4 * j, v)
         sums = add(sums, v)
@@ -149,7 +145,7 @@ def weigh(scores, peak):
 def mixing(e: Elements) -> Callable[..., Any]:
     """Weighted values of a page."""
     size = e.size
-    mix_four, mix_one = (by_blocks(vectors, e.read, multiply_add, resumed=True) for vectors in (4, 1))
+    mix_four, mix_two, mix_one = (by_blocks(vectors, e.read, multiply_add, resumed=True) for vectors in (4, 2, 1))
 
     @njit
     def mix(weights, n, count, values, width, mixed):
@@ -159,9 +155,11 @@ def mixing(e: Elements) -> Callable[..., Any]:
         while at + 64 <= width:
             mix_four(weights, n, 4 * PAGE, count, values + size * at, line, gap, mixed + 4 * at, 4 * width)
             at += 64
-        while at < width:
+        if at + 32 <= width:
+            mix_two(weights, n, 4 * PAGE, count, values + size * at, line, gap, mixed + 4 * at, 4 * width)
+            at += 32
+        if at < width:
             mix_one(weights, n, 4 * PAGE, count, values + size * at, line, gap, mixed + 4 * at, 4 * width)
-            at += 16
 
     return mix
 
@@ -188,7 +186,6 @@ def build_attend(e: Elements) -> Callable[..., None]:
                 first = t * heads + g * group
                 for h in range(group):
                     write_float(peaks + 4 * h, types.float32(LOWEST))
-                    store(sums + VECTOR * h, splat(0.0))
                 for i in range(0, group * width, 16):
                     store(mixed + 4 * i, splat(0.0))
                 for block in range(last // PAGE + 1):
@@ -200,13 +197,14 @@ def build_attend(e: Elements) -> Callable[..., None]:
                     )  # fmt: skip
                     for h in range(group):
                         scores = scratch + 4 * PAGE * h
-                        if count < PAGE:
-                            hide(scores, count)
                         peak = read_float(peaks + 4 * h)
-                        highest = max(peak, highest_of(scores))
+                        highest = max(peak, highest_of(scores, count))
                         write_float(peaks + 4 * h, highest)
+                        if block == 0:
+                            store(sums + VECTOR * h, weigh(scores, count, highest))
+                            continue
                         scale = exp(splat(peak - highest))
-                        store(sums + VECTOR * h, fused(load(sums + VECTOR * h), scale, weigh(scores, highest)))
+                        store(sums + VECTOR * h, fused(load(sums + VECTOR * h), scale, weigh(scores, count, highest)))
                         for i in range(h * width, (h + 1) * width, 16):
                             store(mixed + 4 * i, multiply(load(mixed + 4 * i), scale))
                     mix(scratch, group, count, values + page, width, mixed)
