@@ -133,7 +133,7 @@ mpi: $(ready)-test
 	  || { code=$$?; echo "the reports of ranks 1 to $$(( $(test_ranks) - 1 )): build/mpi-logs/"; exit $$code; }
 
 launch: $(ready)-test
-	$(call limit,1800) $(py) -m pytest -q --durations 12 tests/launch
+	$(call limit,3600) $(py) -m pytest -q --durations 12 tests/launch
 
 # Not a part of `test`, which runs everywhere: nodes are network namespaces that only root can make.
 cluster: $(ready)-test

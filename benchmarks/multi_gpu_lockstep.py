@@ -39,17 +39,18 @@ class WithLockstep(CudaLayers):
         return sent, here.sum(1).tolist(), [tuple(rows.tolist()) for rows in here]
 
     def lockstep(self) -> None:
-        """The usual way."""
-        for layer, m in self._calls():
-            sent, got, slots = self._exchanges[m]
-            n = sum(got)
-            pairs, places, _ = self._sorted(layer, m)
-            cuda_rows.gather(self.x[m], pairs, self.shape.top_k, self.packed.data_ptr())
-            rows, answers = self._got[:n], self._got[n : 2 * n]
-            dist.all_to_all_single(rows, self.packed, got, sent)
-            self._compute_slots(layer, got, slots)
-            dist.all_to_all_single(self._back, answers, sent, got)
-            cuda_rows.combine(self.x[m], self._back, places, self.routes[m].weights)
+        """The usual way, on one stream."""
+        with torch.cuda.stream(self.engine.low):  # small calls are recorded, which the default stream does not allow
+            for layer, m in self._calls():
+                sent, got, slots = self._exchanges[m]
+                n = sum(got)
+                pairs, places, _ = self._sorted(layer, m)
+                cuda_rows.gather(self.x[m], pairs, self.shape.top_k, self.packed.data_ptr())
+                rows, answers = self._got[:n], self._got[n : 2 * n]
+                dist.all_to_all_single(rows, self.packed, got, sent)
+                self._compute_slots(layer, got, slots)
+                dist.all_to_all_single(self._back, answers, sent, got)
+                cuda_rows.combine(self.x[m], self._back, places, self.routes[m].weights)
 
     def _compute_slots(self, layer: int, got: list[int], slots: list[tuple[int, ...]]) -> None:
         """Rows of all ranks are the first of what lies apart, answers the next as many."""

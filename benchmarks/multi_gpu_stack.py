@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +25,13 @@ PORT = "29517"
 def main() -> None:
     """All shapes and sizes; rank 0 writes after each."""
     given = _arguments()
-    end = time.monotonic() + given.seconds
+    deadline = time.monotonic() + given.seconds
     world = start_mpi(given.device)
     import torch
 
     from moempi.bench.layers import measure_layers
 
-    make, about = _maker(world, given)
+    make, about = maker(world, given.device, given.passes)
     results: list[dict[str, Any]] = []
     with torch.inference_mode():
         for stack in stacks(given):
@@ -38,7 +39,7 @@ def main() -> None:
             results.append({**about, "ranks": world.size, "stack": vars(stack), "results": rows})
             # Of packed experts a token sends four times the rows: the largest size is left to those that have time.
             for tokens in given.tokens:
-                if world.bcast(time.monotonic() > end, root=0):
+                if world.bcast(time.monotonic() > deadline, root=0):
                     break
                 layers = make(stack, tokens)
                 times = measure_layers(world, layers, stack.layers, given.rounds)
@@ -46,7 +47,7 @@ def main() -> None:
                 rows.append(sum_up(stack, world.size, tokens, times))
                 if world.rank == 0:
                     given.out.write_text(json.dumps(results, indent=1) + "\n")
-    _end(given.device)
+    end(given.device)
     mpi.meet(world)
 
 
@@ -77,21 +78,30 @@ def stacks(given: argparse.Namespace) -> list[Stack]:
     return found if given.mode == "exact" else [*found, replace(found[0], mode="exact")]
 
 
-def _maker(world: Any, given: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """What builds the layers of a shape on this rank, and what the results say of the device. Collective."""
+def maker(world: Any, on: str, passes: int) -> tuple[Any, dict[str, Any]]:
+    """What builds the layers of a shape on this rank, and what the results say of the device. Collective.
+
+    Args:
+        world: of one host.
+        on: cpu or cuda; on GPUs lockstep is measured too, and `end` has to be called.
+        passes: of every microbatch through all layers in a round.
+    """
     from moempi.exchange.topology import look_around
 
     topology = look_around(world)
-    if given.device == "cpu":
+    if on == "cpu":
         from moempi.bench.layers import CpuLayers
         from moempi.device.cpu import Cpu
 
         device = Cpu(topology.threads)
-        return (lambda stack, tokens: CpuLayers(topology, device, stack, tokens, given.passes)), {"device": "cpu"}
+        return (lambda stack, tokens: CpuLayers(topology, device, stack, tokens, passes)), {"device": "cpu"}
     from moempi.bench.gpu import take_gpu
 
     index = take_gpu(topology)
+    import torch
     import torch.distributed as dist
+
+    from moempi.exchange.gpu_aware import choose_way
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT}
     dist.init_process_group("nccl", rank=world.rank, world_size=world.size)
@@ -100,12 +110,14 @@ def _maker(world: Any, given: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from moempi.device.cuda import Cuda
 
     def make(stack: Stack, tokens: int) -> Any:
-        return WithLockstep(topology, Cuda(index, stack.mode), stack, tokens, given.passes, staged=False)
+        staged = choose_way(topology, stack.gpu_aware).staged
+        return WithLockstep(topology, Cuda(index, stack.mode), stack, tokens, passes, staged=staged)
 
-    return make, {"device": Cuda(index, "fast").describe()}
+    return make, {"device": Cuda(index, "fast").describe(), "torch": torch.__version__}
 
 
-def _end(device: str) -> None:
+def end(device: str) -> None:
+    """End what `maker` has begun. Collective."""
     if device == "cuda":
         import torch.distributed as dist
 
@@ -113,4 +125,4 @@ def _end(device: str) -> None:
 
 
 if __name__ == "__main__":
-    mpi.guard(main)
+    sys.exit(mpi.guard(main))

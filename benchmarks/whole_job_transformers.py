@@ -103,6 +103,7 @@ def prefill(experts: str) -> Callable[..., dict[str, float]]:
 
     def way(model: Qwen3MoeForCausalLM, prompts: Prompts, _: int) -> dict[str, float]:
         model.set_experts_implementation(experts)
+        model.set_attn_implementation("sdpa")
         ordered = sorted(prompts, key=len)
         batches = [padded(ordered[i : i + BATCH], model.device) for i in range(0, len(ordered), BATCH)]
 
@@ -142,6 +143,7 @@ def batching(experts: str) -> Callable[..., dict[str, float]]:
 
     def way(model: Qwen3MoeForCausalLM, prompts: Prompts, new: int) -> dict[str, float]:
         model.set_experts_implementation(experts)
+        model.set_attn_implementation("sdpa")
 
         def work(n: int) -> int:
             config = GenerationConfig(max_new_tokens=n, do_sample=False, eos_token_id=-1, pad_token_id=0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import is_not
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,7 @@ class Step:
     last: Tensor  # rows whose next token is wanted
     choosing: tuple[Sequence, ...]  # the sequences of those rows
 
-    @property
+    @cached_property
     def n_tokens(self) -> int:
         """T."""
         return len(self.tokens)
@@ -114,3 +115,21 @@ def compose(
         last=torch.from_numpy(np.cumsum(lengths)[choosing] - 1),
         choosing=tuple(s for (s, _), chosen in zip(taking, choosing, strict=True) if chosen),
     )
+
+
+def go_on(last: Step, number: int, sequences: Many[Sequence], plan_next: Callable[[Any, int], Any]) -> Step | None:
+    """What `compose` makes where the last step had one token of each of these sequences, and each has one more now.
+
+    None where it is not so, or the plan has to be made anew.
+
+    Args:
+        plan_next: the device's plan of attention for the same sequences, one position on, or None.
+    """
+    n = len(sequences)
+    if not n == last.n_tokens == len(last.choosing) or any(map(is_not, last.sequences, sequences)):
+        return None
+    plan = plan_next(last.plan, n)
+    if plan is None:
+        return None
+    tokens = torch.from_numpy(np.array([sequence.tokens[-1] for sequence in sequences], dtype=np.int64))
+    return replace(last, number=number, tokens=tokens, plan=plan)

@@ -20,7 +20,7 @@ from moempi.exchange.topology import Topology
 from moempi.files.weights import Weights, open_weights
 from moempi.home import Home
 from moempi.job import Job
-from moempi.layer import Forward
+from moempi.layer import CpuForward, Forward
 from moempi.model.cache import KVCache
 from moempi.model.expert import Expert, leaf_range
 from moempi.model.network import Network
@@ -94,7 +94,7 @@ def build_rank(
         eos_tokens=shape.eos_tokens,
         tell=lambda message: control.send(0, message),
     )
-    forward = Forward(network, engine, relay, cache, layout.piece_rows, job.exchange.lockstep)
+    forward = CpuForward(network, engine, cache, layout.piece_rows, job.exchange.lockstep, relay)
     return Rank(engine, home, control, forward, relay, device)
 
 

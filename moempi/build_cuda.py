@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import torch
 
 from moempi.build import Rank, load_slots
 from moempi.device.cuda import Cuda
+from moempi.device.cuda_attention import tiles_agree
 from moempi.device.cuda_experts import Layer, Pieces, Scratch, Stack
 from moempi.device.cuda_memory import MessageMemory, Rows, block_bytes
-from moempi.device.tile_plan import plan_step
+from moempi.device.tile_plan import TILE, WIDE_TILE, next_plan, plan_step
 from moempi.exchange.arrivals_cuda import CudaExperts
 from moempi.exchange.dispatch_cuda import on_gpu
 from moempi.exchange.engine import Channels, Engine, Limits
@@ -23,14 +25,18 @@ from moempi.files.weights import Weights, open_weights
 from moempi.home import Home
 from moempi.job import Job
 from moempi.layer_cuda import CudaForward
+from moempi.model.attention import Planner
 from moempi.model.cache import KVCache
+from moempi.model.config import ModelConfig
 from moempi.model.expert import leaf_range
 from moempi.model.network import Network
 from moempi.planning import memory as plan
-from moempi.planning.gpu_memory import steady_message_bytes, steady_rows
+from moempi.planning.gpu_memory import call_rows, steady_message_bytes, steady_rows
 from moempi.prepare import Shape
 from moempi.recorder import Recorder
 from moempi.router.control import Control
+
+log = logging.getLogger("moempi")
 
 
 def build_rank(
@@ -57,7 +63,7 @@ def build_rank(
     memory = message_memory(shape, device, job.run.capacity, home=world.rank in layout.homes)
     with open_weights(job.model.weights) as weights:
         weights.expect(shape.model)
-        layers = load_layers(weights, tables, world.rank, device, shape.dtype, job.model.leaves)
+        layers = load_layers(weights, tables, world.rank, device, shape, job.model.leaves)
         network = Network(config, device, weights.tensor, shape.dtype)
     heads = config.n_kv_heads, config.head_dim
     cache = KVCache(config.n_layers, *heads, kv_tokens, shape.dtype, device.device, spare_pages=int(kv_tokens > 0))
@@ -76,6 +82,7 @@ def build_rank(
         host=HostMemory(world, memory.memory.nbytes) if way.staged else None,
     )
     control = Control(world.Dup(), engine.requests)
+    wide = most_rows_of_a_tile(config, shape.dtype, device) if world.rank in layout.homes else TILE
     home = Home(
         engine,
         cache,
@@ -86,12 +93,11 @@ def build_rank(
         group=config.n_heads // config.n_kv_heads,
         eos_tokens=shape.eos_tokens,
         tell=lambda message: control.send(0, message),
-        plan=partial(plan_step, spare=cache.n_pages),
+        planner=Planner(partial(plan_step, spare=cache.n_pages, wide=wide), next_plan),
     )
     forward = CudaForward(
         network=network,
         engine=engine,
-        relay=None,
         cache=cache,
         most_rows=layout.piece_rows,
         lockstep=job.exchange.lockstep,
@@ -99,6 +105,19 @@ def build_rank(
         packed=steady_rooms(memory, shape, job.run.capacity) if world.rank in layout.homes else [],
     )
     return Rank(engine, home, control, forward, None, device, str(way))
+
+
+def most_rows_of_a_tile(config: ModelConfig, dtype: torch.dtype, device: Cuda) -> int:
+    """Query rows of attention's tiles in prefill: in exact mode many only where they give the bits of few."""
+    if dtype != torch.bfloat16:
+        return TILE
+    if not device.exact:
+        return WIDE_TILE
+    agree = tiles_agree(config.n_heads, config.n_kv_heads, config.head_dim, dtype, device.device)
+    torch.cuda.empty_cache()  # what the test took would not fit what comes
+    if not agree:
+        log.info("%s: attention by %d rows has other bits than by %d, which is taken", device.model, WIDE_TILE, TILE)
+    return WIDE_TILE if agree else TILE
 
 
 def message_memory(shape: Shape, device: Cuda, capacity: int, *, home: bool) -> MessageMemory:
@@ -124,11 +143,13 @@ def steady_rooms(memory: MessageMemory, shape: Shape, capacity: int) -> list[tup
 
 
 def load_layers(
-    weights: Weights, tables: dict[int, LayerTable], rank: int, device: Cuda, dtype: torch.dtype, leaves: int
+    weights: Weights, tables: dict[int, LayerTable], rank: int, device: Cuda, shape: Shape, leaves: int
 ) -> dict[int, Layer]:
     """The experts that a rank holds, layer by layer; nothing else of the experts is read."""
     layers: dict[int, Layer] = {}
-    scratch = Scratch()
+    layout, dtype = shape.layout, shape.dtype
+    step = layout.n_microbatches, layout.step_tokens, layout.arrival_budget
+    scratch = Scratch(call_rows(shape.config, dtype.itemsize, layout.placement.n_ranks, *step))
     for layer, table in tables.items():
         if not table.slots_on(rank):
             continue

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from collections.abc import Sequence as Many
-from typing import Any
 
 import numpy as np
 
-from moempi.batch import Sequence, Step, compose
+from moempi.batch import Sequence, Step, compose, go_on
 from moempi.exchange.engine import Engine
 from moempi.exchange.tasks import Future
 from moempi.files.completions import Completion
-from moempi.model.attention import Span, plan_attention
+from moempi.model.attention import ON_CPU, Planner
 from moempi.model.cache import KVCache
 from moempi.model.config import PAGE
 from moempi.router.messages import Assignment, Done, Drain, Drained, End, ToHome, ToRouter, Want, Work
@@ -36,7 +34,7 @@ class Home:
         group: query heads per key-value head.
         eos_tokens: tokens that end a sequence; empty to ignore them.
         tell: sends a message to the router.
-        plan: the device's plan of attention.
+        planner: the device's plans of attention.
     """
 
     def __init__(
@@ -51,13 +49,14 @@ class Home:
         group: int,
         eos_tokens: tuple[int, ...],
         tell: Callable[[ToRouter], None],
-        plan: Callable[[Many[Span], int], Any] = plan_attention,
+        planner: Planner = ON_CPU,
     ):
         self.engine, self.cache = engine, cache
         self.capacity, self.budget, self.group = capacity, budget, group
-        self.eos_tokens, self.tell, self._plan = frozenset(eos_tokens), tell, plan
+        self.eos_tokens, self.tell, self._planner = frozenset(eos_tokens), tell, planner
         self.n_decoding = n_decoding
         self.resident: list[list[Sequence]] = [[] for _ in range(n_microbatches)]
+        self._last: dict[int, Step] = {}  # the last step of each microbatch
         self.steps = self.new_tokens = 0
         self.ended = self.draining = False
         self._waiting: deque[Sequence] = deque()
@@ -109,7 +108,11 @@ class Home:
         if not sequences:
             return None
         self.steps += 1
-        step = compose(microbatch, self.steps, sequences, self.budget, self.group, self._plan)
+        last = self._last.get(microbatch)
+        step = go_on(last, self.steps, sequences, self._planner.go_on) if last else None
+        if step is None:
+            step = compose(microbatch, self.steps, sequences, self.budget, self.group, self._planner.make)
+        self._last[microbatch] = step
         self._ask_ahead()
         return step
 

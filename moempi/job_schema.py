@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from moempi.job import Job, describe_options, required_options
+from moempi.job import Job, required_options
+from moempi.job_options import describe_options
 
 
 def job_schema() -> dict[str, Any]:

@@ -36,6 +36,9 @@ _ONE_SIGNAL = 0.5
 # What mpirun gets to end its ranks on all nodes before everything here is killed.
 _END = 4.0
 _POLL = 0.05
+# A signal that mpirun gets while it starts may end it, or be lost on the way to ranks that are not there yet: the first
+# is passed on no sooner than this after its start (seconds), and while ranks may still be starting again and again.
+_SETTLED, _STARTING, _AGAIN = 1.0, 10.0, 1.0
 
 
 def this_program(*arguments: str) -> list[str]:
@@ -48,8 +51,8 @@ def launch(
 ) -> int:
     """Run `command` on `n_ranks` ranks under mpirun and wait for it. Main thread only; not inside an MPI world.
 
-    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks the ranks to drain; a later SIGINT or SIGTERM, or `grace` seconds
-    without an end, kills them.
+    The first SIGINT, SIGTERM, SIGHUP or SIGUSR1 asks the ranks to drain, once mpirun has had a second to start; a later
+    SIGINT or SIGTERM, or `grace` seconds without an end, kills them.
 
     Args:
         command: what each rank runs, usually `this_program(...)`.
@@ -182,12 +185,17 @@ def _die_with_parent() -> Callable[[], object] | None:
 
 def _watch(process: subprocess.Popen[bytes], received: list[tuple[int, float]], grace: float) -> int:
     """Wait for mpirun, passing on the first signal and ending everything at the second or after `grace` seconds."""
-    deadline = math.inf
+    started, ask, deadline = time.monotonic(), math.inf, math.inf
     while process.poll() is None:
+        now = time.monotonic()
         if received and deadline == math.inf:
-            deadline = time.monotonic() + grace
-            _ask_for_drain(process, grace)
-        if time.monotonic() > deadline or _insists(received):
+            _say_what_is_asked(grace)
+            ask = max(now, started + _SETTLED)
+            deadline = ask + grace
+        if now >= ask:
+            process.send_signal(signal.SIGUSR1)
+            ask = now + _AGAIN if now < started + _STARTING else math.inf
+        if now > deadline or _insists(received):
             _end(process)
             return exit_code(EXIT_KILLED, received)
         time.sleep(_POLL)
@@ -205,12 +213,11 @@ def _insists(received: list[tuple[int, float]]) -> bool:
     )
 
 
-def _ask_for_drain(process: subprocess.Popen[bytes], grace: float) -> None:
+def _say_what_is_asked(grace: float) -> None:
     _say(
         f"moempi: stopping: what is done gets committed (up to {grace:g} s), and --resume goes on from there; "
         "Ctrl-C again ends it at once"
     )
-    process.send_signal(signal.SIGUSR1)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter_ns
@@ -23,11 +24,10 @@ from moempi.stages import ATTEND, COMBINE, DENSE, EMBED, GATE, HEAD, PROJECT
 
 
 @dataclass(frozen=True)
-class Forward:
-    """Takes microbatches through the network of one rank, giving way to messages between slices of work.
+class Forward(ABC):
+    """Takes microbatches through the network of one rank.
 
     Args:
-        relay: for what goes to other nodes; None where everything goes straight to its rank.
         cache: keys and values of the sequences at home here.
         most_rows: rows of a message, above which it is sent in pieces.
         lockstep: meet all ranks after every layer.
@@ -35,7 +35,6 @@ class Forward:
 
     network: Network
     engine: Engine
-    relay: Relay | None
     cache: KVCache
     most_rows: int
     lockstep: bool
@@ -49,6 +48,40 @@ class Forward:
                 await self.engine.meet(layer.number)
         return await self.choose(x, step)
 
+    async def sit_out(self) -> None:
+        """In lockstep, the part of a rank that has no tokens in this step."""
+        for layer in self.network.layers:
+            await self.engine.meet(layer.number)
+
+    def embed(self, step: Step) -> Tensor:
+        """Rows [T, D] of the step's tokens."""
+        x = self.network.embed(step.tokens)
+        self.lap(EMBED, -1, step, step.n_tokens)
+        return x
+
+    @abstractmethod
+    async def pass_layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
+        """One layer: rows [T, D] in, rows [T, D] out."""
+
+    @abstractmethod
+    async def choose(self, x: Tensor, step: Step) -> tuple[list[int], list[float]]:
+        """Greedy choice from the last row of every sequence that is prefilled whole."""
+
+    def lap(self, stage: int, layer: int, step: Step, tokens: int) -> None:
+        """Note that all since the last lap of the rank was this stage of the step."""
+        self.engine.recorder.lap(stage, layer, step.key, tokens)
+
+
+@dataclass(frozen=True)
+class CpuForward(Forward):
+    """Gives way to messages between slices of work.
+
+    Args:
+        relay: for what goes to other nodes; None where everything goes straight to its rank.
+    """
+
+    relay: Relay | None
+
     async def pass_layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """One layer: rows [T, D] in, rows [T, D] out."""
         x = await self.attend(layer, x, step)
@@ -58,18 +91,7 @@ class Forward:
         rows = await self.dispatch(layer, hidden, route, step)
         return self.combine(layer, x, route, rows, step)
 
-    async def sit_out(self) -> None:
-        """In lockstep, the part of a rank that has no tokens in this step."""
-        for layer in self.network.layers:
-            await self.engine.meet(layer.number)
-
     # ------------------------------------------------------------ the stages
-
-    def embed(self, step: Step) -> Tensor:
-        """Rows [T, D] of the step's tokens."""
-        x = self.network.embed(step.tokens)
-        self.lap(EMBED, -1, step, step.n_tokens)
-        return x
 
     async def attend(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """Write this step's keys and values, then attend to all that the cache holds of each sequence."""
@@ -153,7 +175,7 @@ class Forward:
             weights = route.weights.numpy()
             recorder.routes(layer.number, step.microbatch, step.number, owners, positions, experts, weights)
 
-    # ------------------------------------------------------------ giving way, and noting what took how long
+    # ------------------------------------------------------------ giving way
 
     async def sliced(self, stage: int, layer: int, step: Step, n: int, work: Callable[[int, int], None]) -> None:
         """Run `work(lo, hi)` over [0, n) in slices, looking at the network between them."""
@@ -167,7 +189,3 @@ class Forward:
             if hi < n:
                 await PAUSE
             lo = hi
-
-    def lap(self, stage: int, layer: int, step: Step, tokens: int) -> None:
-        """Note that all since the last lap of the rank was this stage of the step."""
-        self.engine.recorder.lap(stage, layer, step.key, tokens)

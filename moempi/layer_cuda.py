@@ -1,4 +1,4 @@
-"""The stages of a layer on a GPU. The way through them is `moempi.layer`'s; nothing is sliced, nothing waits.
+"""The stages of a layer on a GPU, in the order of `moempi.layer`; nothing is sliced, nothing waits.
 
 A steady step, one token of each sequence, has a way of its own (`pass_steady`), most of it recorded.
 """
@@ -6,6 +6,7 @@ A steady step, one token of each sequence, has a way of its own (`pass_steady`),
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from moempi.exchange.engine_cuda import CudaEngine
 from moempi.layer import Forward
 from moempi.model.gate import Route
 from moempi.model.network import Layer
-from moempi.stages import ATTEND, COMBINE, EMBED, HEAD
+from moempi.stages import ATTEND, COMBINE, DENSE, EMBED, GATE, HEAD
 
 
 class StepBuffers:
@@ -62,7 +63,7 @@ class CudaStep(Step):
     host: Any  # TilePlan
     buffers: StepBuffers | None  # of a steady step
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, ...]:
         """What a recording of a steady step depends on: where what it reads lies, and how much there is."""
         where = self.plan.positions.data_ptr(), self.turns.data_ptr()
@@ -71,11 +72,12 @@ class CudaStep(Step):
 
 @dataclass(frozen=True)
 class CudaForward(Forward):
-    """Takes microbatches through the network of one rank.
+    """Launches whole stages, without slices; steady steps are recorded and launched again.
 
     Args:
         tables: routing tables on the GPU.
         packed: by microbatch, memory of messages for the rows of a steady step and for their answers.
+        buffers: by microbatch, what its steady steps use; made when the first one comes.
     """
 
     engine: CudaEngine
@@ -109,10 +111,27 @@ class CudaForward(Forward):
     async def pass_layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """One layer: rows [T, D] in, rows [T, D] out."""
         assert isinstance(step, CudaStep)
-        if step.buffers is None:
-            return await super().pass_layer(layer, x, step)
-        await self.pass_steady(layer, x, step, step.buffers)
-        return x
+        if step.buffers is not None:
+            await self.pass_steady(layer, x, step, step.buffers)
+            return x
+        if layer.dense:
+            x = layer.close_attention(x, self.mix(layer, x, step))
+            self.lap(ATTEND, layer.number, step, step.n_tokens)
+            x = layer.dense_mlp(x)
+            self.lap(DENSE, layer.number, step, step.n_tokens)
+            return x
+        attended, hidden = torch.empty_like(x), torch.empty_like(x)
+        # Nothing else of attention is kept while rows are on their way.
+        self.close_and_norm(layer, x, self.mix(layer, x, step), attended, hidden)
+        self.lap(ATTEND, layer.number, step, step.n_tokens)
+        route = layer.route(hidden)
+        self.lap(GATE, layer.number, step, step.n_tokens)
+        rows = await self.dispatch(layer, hidden, route, step)
+        return self.combine(layer, attended, route, rows, step)
+
+    def close_and_norm(self, layer: Layer, x: Tensor, mixed: Tensor, attended: Tensor, hidden: Tensor) -> None:
+        """Rows x [R, D] with attention's output added, into `attended`, and normalised for the experts, `hidden`."""
+        add_norm(x, layer.output(mixed), layer.mlp_norm, layer.config.norm_eps, attended, hidden)
 
     # ------------------------------------------------------------ steady steps
 
@@ -123,13 +142,13 @@ class CudaForward(Forward):
         self.lap(ATTEND, number, step, n)
         if route is None:
             return
-        route = Route(route.experts[:n], route.weights[:n])
         if self.is_recorded_whole(number):
             await self.returned(layer, step, route, await self.send_steady(layer, step, buffers))
             if number + 1 < len(self.network.layers):
                 return  # the next one combines
             self.combine_steady(n, buffers)
         else:
+            route = Route(route.experts[:n], route.weights[:n])
             rows = await self.dispatch(layer, buffers.hidden[:n], route, step)
             combine(self.engine, buffers.attended[:n], route, rows, out=x)
         self.lap(COMBINE, number, step, n)
@@ -137,8 +156,7 @@ class CudaForward(Forward):
     async def send_steady(self, layer: Layer, step: CudaStep, buffers: StepBuffers) -> Sent:
         """Send the rows that a recording has packed, once the host knows how many go where."""
         table, n = self.tables[layer.number].table, step.n_tokens * layer.config.top_k
-        await self.engine.passed()
-        counts = self.engine.counts(step.microbatch, len(table.covers)).numpy().copy()
+        counts = await self.engine.counted(step.microbatch, len(table.covers))
         rows, answers = buffers.packed.part(0, n), buffers.answers.part(0, n)
         back = send(self.engine, table, step.microbatch, counts, rows, answers, self.most_rows, step.key)
         return Sent(counts, n, back)
@@ -160,7 +178,7 @@ class CudaForward(Forward):
         if layer.dense:
             x.copy_(layer.dense_mlp(layer.close_attention(x, mixed)))
             return None
-        add_norm(x, layer.output(mixed), layer.mlp_norm, layer.config.norm_eps, attended, hidden)
+        self.close_and_norm(layer, x, mixed, attended, hidden)
         route = layer.route(hidden)
         if self.is_recorded_whole(layer.number):
             self.pack_steady(layer.number, step, route, buffers)
@@ -191,12 +209,6 @@ class CudaForward(Forward):
         self.lap(EMBED, -1, step, step.n_tokens)
         return x
 
-    async def attend(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
-        """Write this step's keys and values, then attend to all that the cache holds of each sequence."""
-        attended = layer.close_attention(x, self.mix(layer, x, step))
-        self.lap(ATTEND, layer.number, step, step.n_tokens)
-        return attended
-
     def mix(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """Attention before its output's projection, of rows [R, D]; their keys and values go into the cache."""
         plan, number, rotary = step.plan, layer.number, self.network.rotary
@@ -205,7 +217,7 @@ class CudaForward(Forward):
         queries = turn_heads(rows, layer.head_norm, layer.config.norm_eps, tables, plan, keys, values)
         return attend(queries, keys, values, plan)
 
-    async def dispatch(self, layer: Layer, hidden: Tensor, route: Route, step: Step) -> CudaRows:  # type: ignore[override]
+    async def dispatch(self, layer: Layer, hidden: Tensor, route: Route, step: Step) -> CudaRows:
         """Rows to the slots of their experts, and back."""
         assert isinstance(step, CudaStep)
         table, turns = self.tables[layer.number], step.turns[: step.n_tokens]
@@ -218,14 +230,14 @@ class CudaForward(Forward):
     async def returned(self, layer: Layer, step: CudaStep, route: Route, sent: Sent) -> None:
         """Until the answers of a dispatch are there; the trace hears of it."""
         recorder, back = self.engine.recorder, sent.back
-        recorder.routed(layer.number, self.tables[layer.number].load(sent.counts))
+        recorder.routed(layer.number, self.tables[layer.number].table.load(sent.counts))
         begin = recorder.since
         if recorder.level == "routes":
             await self.keep_routes(layer, route, step)
         await back
         recorder.waited(layer.number, step.key, begin, back.at, sent.rows, back.by)
 
-    def combine(self, layer: Layer, x: Tensor, route: Route, rows: CudaRows, step: Step) -> Tensor:  # type: ignore[override]
+    def combine(self, layer: Layer, x: Tensor, route: Route, rows: CudaRows, step: Step) -> Tensor:
         """Rows of the residual stream with their experts' outputs added."""
         x = combine(self.engine, x, route, rows)
         self.lap(COMBINE, layer.number, step, step.n_tokens)
@@ -245,8 +257,9 @@ class CudaForward(Forward):
         return tokens.tolist(), logprobs.tolist()
 
     async def keep_routes(self, layer: Layer, route: Route, step: CudaStep) -> None:
-        """The routes themselves, where the trace asks for them."""
-        experts, weights = await self.engine.fetch(route.experts, route.weights)
-        owners, positions = step.owners.numpy(), step.host.positions[: step.n_tokens].numpy()
+        """The routes themselves, of what is not padding, where the trace asks for them."""
+        n = step.n_tokens
+        experts, weights = await self.engine.fetch(route.experts[:n], route.weights[:n])
+        owners, positions = step.owners.numpy(), step.host.positions[:n].numpy()
         recorder = self.engine.recorder
         recorder.routes(layer.number, step.microbatch, step.number, owners, positions, experts, weights)

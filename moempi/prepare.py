@@ -12,7 +12,6 @@ import torch
 
 from moempi import analysis, mpi
 from moempi.device.cpu import PRODUCTS, Cpu
-from moempi.device.kernels import ARITHMETIC
 from moempi.device.seam import Device
 from moempi.errors import DataError, JobError, MoempiError
 from moempi.exchange.nodes import Nodes
@@ -284,7 +283,7 @@ def _identity(job: Job, found: Found, device: Device) -> dict[str, str]:
         "model.leaves": str(job.model.leaves),
         "device": f"{device.name} {device.model}".strip(),
         "products": device.products,
-        "kernels": str(ARITHMETIC),
+        "kernels": str(device.arithmetic),
         "torch": built["torch"],
         "processor_capability": built["processor_capability"],
         **identity_of(read_stamp(job.input.file)),

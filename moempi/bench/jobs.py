@@ -89,13 +89,15 @@ def measure_jobs(
     found = []
     for number, count in enumerate(sorted(counts, reverse=True)):
         part: Any = world.Split(0 if world.rank < count else 1, world.rank)
+        wanted = list(overrides)
         for phase in phases.values():
             # The first job compiles kernels for its shapes; the ranks of later ones have them.
             first = int(number == 0)
             for repeat in range(rounds + first):
                 outcome = None
                 if world.rank < count:
-                    outcome = run_job(part, folder, phase, overrides)
+                    outcome = run_job(part, folder, phase, wanted)
+                    wanted = without_trial(part, outcome, wanted)
                 meet(world)
                 if outcome is not None and world.rank == 0 and repeat >= first:
                     found.append(_told(count, phase, outcome))
@@ -117,6 +119,17 @@ def run_job(part: MPI.Intracomm, folder: Path, phase: Phase, overrides: Sequence
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     return outcome
+
+
+def without_trial(part: MPI.Intracomm, outcome: Outcome, overrides: Sequence[str]) -> list[str]:
+    """Overrides for further jobs of these ranks, which need not try again what MPI does with the GPUs' memory.
+
+    Collective over `part`.
+    """
+    works = part.bcast(outcome.messages.startswith("from GPU to GPU"), root=0)
+    if part.size == 1 or not works:
+        return list(overrides)
+    return [*(word for word in overrides if not word.startswith("exchange.gpu_aware=")), "exchange.gpu_aware=on"]
 
 
 def _told(ranks: int, phase: Phase, outcome: Outcome) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import torch
@@ -119,8 +120,9 @@ class CudaLayers:
 
     def pure(self) -> None:
         """This rank's experts on the rows that they get, and nothing else."""
-        for layer, m in self._calls():
-            self._compute(layer, m)
+        with torch.cuda.stream(self.engine.low):  # small calls are recorded, which the default stream does not allow
+            for layer, m in self._calls():
+                self._compute(layer, m)
 
     def ceiling(self) -> None:
         """Pack, experts and combine on the engine's two streams, nothing sent."""
@@ -157,4 +159,5 @@ class CudaLayers:
         self.engine.free()
         for name in ("memory", "engine", "alone", "apart", "packed", "answers", "layers", "x", "routes"):
             delattr(self, name)
+        gc.collect()  # the engine is part of a circle: it knows what is looked at in a turn
         torch.cuda.empty_cache()

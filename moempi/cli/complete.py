@@ -13,7 +13,7 @@ def complete_option(ctx: click.Context, param: click.Parameter, incomplete: str)
     """`section.key=` of every option that begins so; behind the `=`, the values of one that has a list of them."""
     from click.shell_completion import CompletionItem
 
-    from moempi.job import choices_of, describe_options
+    from moempi.job_options import choices_of, describe_options
 
     key, equals, begun = incomplete.partition("=")
     if equals:

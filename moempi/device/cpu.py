@@ -4,9 +4,9 @@ A result must not depend on the layout, so the bits of a row may depend neither 
 its place among them, nor on the number of threads. The kernels of `cpu_rows` have this property by how they are
 written. They take all that is not a product, products with small weights, and those with large ones where the processor
 has the instructions that they are fast with, and none with which a library is faster. oneDNN products with packed
-weights have the property for two rows and more, on some processors as long as the rows are few (with the tile
-instructions of AMX a long batch is summed in another order); `F.linear` has not. The operators are private to torch:
-only `_pack` and `_packed_product` here name them.
+weights have the property for four rows and more, on some processors as long as the rows are few (with the tile
+instructions of AMX a long batch is summed in another order, and so are two rows of less than a tile); `F.linear` has
+not. The operators are private to torch: only `_pack` and `_packed_product` here name them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,16 @@ from torch import Tensor
 
 from moempi.device import cpu_rows
 from moempi.device.cpu_rows import SmallLinear, WideLinear
+from moempi.device.kernels import ARITHMETIC
 from moempi.device.kernels.compiled import has_wide_product
+from moempi.device.telling import telling_product
 from moempi.errors import MoempiError
 from moempi.model.config import is_small, is_small_expert
 from moempi.model.gate import Route, greedy
 
 TILE_ROWS = 16  # rows of a tile, and the multiple that features are padded to, where products are not packed
 PACK_ROWS = 16  # the row count that oneDNN chooses its blocking for; part of the bits
+LEAST_ROWS = 4  # of a packed product
 PIECE_ROWS = 32  # most rows of a packed product where longer batches change its bits
 # Kinds of large products, the fastest first: of kernels, packed, packed in pieces of PIECE_ROWS, padded tiles.
 PRODUCTS = ("kernels", "packed", "pieces", "tiled")
@@ -80,13 +83,13 @@ class Linear:
 
 
 def padded_rows(rows: int) -> int:
-    """Rows that a packed product is called with: a lone row takes another kernel, so there are at least two.
+    """Rows that a packed product is called with: one or two take other kernels, so there are at least four.
 
     oneDNN compiles a kernel for every row count that it meets, which takes 0.7 ms; a batch that shrinks and grows
     would meet hundreds. Padding to a few counts costs less, and the bits of a row do not change.
     """
     if rows <= TILE_ROWS:
-        return max(2, 1 << (rows - 1).bit_length())
+        return max(LEAST_ROWS, 1 << (rows - 1).bit_length())
     step = TILE_ROWS if rows <= 256 else 64
     return -(-rows // step) * step
 
@@ -128,6 +131,7 @@ class Cpu:
     name = "cpu"
     mode = "exact"
     model = ""
+    arithmetic = ARITHMETIC
 
     def __init__(self, threads: int = 1):
         self.threads = threads
@@ -216,16 +220,11 @@ def _all_hold(shapes: list[tuple[int, int, torch.dtype]], kind: str, threads: tu
 def row_is_independent(shape: tuple[int, int, torch.dtype], kind: str, threads: tuple[int, ...]) -> bool:
     """Whether rows keep their bits over row counts, places and thread counts, for a weight [O, I] of a dtype.
 
-    Many rows are compared, because rounding to bfloat16 hides most of what another order of summation changes.
-
     Args:
         kind: "small", or one of PRODUCTS.
     """
-    outputs, inputs, dtype = shape
-    random = torch.Generator().manual_seed(outputs * 1000003 + inputs)
-    weight = torch.randn(outputs, inputs, generator=random).to(dtype)
+    rows, weight = telling_product(shape, SELF_TEST_ROWS[-1])
     product = product_with(weight, kind)
-    rows = torch.randn(SELF_TEST_ROWS[-1], inputs, generator=random).to(dtype)
     torch.set_num_threads(1)
     expected = torch.cat([product(tile) for tile in rows.split(TILE_ROWS)])
     for count in threads:

@@ -1,22 +1,27 @@
 """Causal attention on the GPU over a paged cache: one kernel for prefill, chunks and decode.
 
-A program has a tile of 16 query rows of one sequence and goes through the pages of its keys in order, by online
+A program has a tile of query rows of one sequence, 16 or 64, and goes through the pages of its keys in order, by online
 softmax (Milakov and Gimelshein, 2018). Pages are blocks of fixed length counted from position 0, so a row's bits
 depend neither on the chunk that it came in nor on its company: a page that is masked for a row leaves it as it was.
+Nor do they on the tile, as `tiles_agree` tests: whatever is summed is a product, whose order is the same in all.
 """
 
 from __future__ import annotations
 
-from functools import cache
+from dataclasses import replace
+from functools import cache, lru_cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moempi.device.cuda_transfer import all_to_device, words_of
 from moempi.device.cuda_triton import WIDE, Compiled, compiled
-from moempi.device.tile_plan import TILE, TilePlan
-from moempi.model.config import PAGE
+from moempi.device.telling import telling_cache
+from moempi.device.tile_plan import TILE, WIDE_TILE, TilePlan, plan_tiles
+from moempi.model.attention import Span
+from moempi.model.config import PAGE, padded_head
 
 
 @triton.jit(do_not_specialize=["n_columns"])
@@ -55,7 +60,8 @@ def _attend(  # type: ignore[no-untyped-def]
     inside = there[:, None] & (dim[None, :] < HEAD_DIM)
     q = (tl.load(queries + at, mask=inside, other=0.0) * scale).to(keys.dtype.element_ty)
     highest = tl.full((TILE,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((TILE,), dtype=tl.float32)
+    total = tl.zeros((TILE, 16), dtype=tl.float32)  # the same in all columns
+    ones = tl.full((PAGE, 16), 1.0, dtype=values.dtype.element_ty)
     mixed = tl.zeros((TILE, DIMS), dtype=tl.float32)
     for j in range(n_pages):
         page = (tl.load(book + j) * N_KV_HEADS + kv) * WIDTH * PAGE
@@ -66,10 +72,11 @@ def _attend(  # type: ignore[no-untyped-def]
         shrink = tl.exp(highest - peak)
         weights = tl.exp(scores - peak[:, None])
         v = tl.load(values + page + key[:, None] * WIDTH + dim[None, :], mask=dim[None, :] < WIDTH, other=0.0)
-        total = total * shrink + tl.sum(weights, 1)
-        mixed = mixed * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        weights = weights.to(v.dtype)
+        total = total * shrink[:, None] + tl.dot(weights, ones, input_precision="ieee")
+        mixed = mixed * shrink[:, None] + tl.dot(weights, v, input_precision="ieee")
         highest = peak
-    tl.store(out + at, (mixed / total[:, None]).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, (mixed / tl.max(total, 1)[:, None]).to(out.dtype.element_ty), mask=inside)
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: TilePlan) -> Tensor:
@@ -91,23 +98,52 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: TilePlan) -> Ten
         tensors = queries.contiguous(), keys, values, out, plan.tiles, plan.row_positions, plan.pages
         addresses = [t.data_ptr() for t in tensors]
         aligned = tuple(address % WIDE == 0 for address in addresses)
-        kernel = _compiled(keys.dtype, aligned, n_heads, n_kv_heads, head_dim, width, plan.group)
+        heads = n_heads, n_kv_heads, head_dim, width, plan.group
+        kernel = _compiled(keys.dtype, aligned, *heads, plan.row_positions.shape[1])
         kernel((len(plan.tiles), n_kv_heads, 1), *addresses, plan.pages.shape[1], head_dim**-0.5)
     return out
 
 
+@lru_cache(maxsize=16)
+def tiles_agree(n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Self-test of exact mode: whether a row has the same bits in tiles of `TILE` and of `WIDE_TILE` rows.
+
+    Args:
+        dtype: of the cache. The host waits for the GPU, once for each kind of heads.
+    """
+    n, group, width = 2 * PAGE + 7, n_heads // n_kv_heads, padded_head(head_dim)
+    keys, values = telling_cache(3, n_kv_heads, width, PAGE, dtype, device)
+    random = torch.Generator(device).manual_seed(n_heads * 1000003 + head_dim)
+    queries = torch.randn(n, n_heads, head_dim, generator=random, device=device)
+    found = []
+    for size in (TILE, WIDE_TILE):
+        plan = plan_tiles([Span(0, n, (2, 0, 1))], group, size)
+        tensors = plan.tensors()
+        memory = torch.empty(words_of(tensors), dtype=torch.int64, device=device)
+        there = replace(plan, **all_to_device(tensors, memory))  # type: ignore[arg-type]
+        found.append(attend(queries, keys, values, there))
+    return torch.equal(*found)
+
+
 @cache
 def _compiled(
-    dtype: torch.dtype, aligned: tuple[bool, ...], n_heads: int, n_kv_heads: int, head_dim: int, width: int, group: int
+    dtype: torch.dtype,
+    aligned: tuple[bool, ...],
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+    width: int,
+    group: int,
+    tile: int,
 ) -> Compiled:
-    """The kernel for heads of a kind."""
+    """The kernel for heads of a kind, with tiles of so many rows."""
     constants = {
         "N_HEADS": n_heads,
         "N_KV_HEADS": n_kv_heads,
         "HEAD_DIM": head_dim,
         "WIDTH": width,
         "GROUP": group,
-        "TILE": TILE,
+        "TILE": tile,
         "PAGE": PAGE,
         "DIMS": max(16, triton.next_power_of_2(head_dim)),
     }

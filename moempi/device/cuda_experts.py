@@ -7,24 +7,22 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
-from moempi.device.cuda_products import product_at, product_by_tiles, tile_for, unit_of
-from moempi.device.cuda_rows import put_words, swiglu, swiglu_at, tile_tables
+from moempi.device.cuda_products import Tiles, product_at, product_gathered, product_scattered, unit_of
+from moempi.device.cuda_rows import put_words, row_tables, swiglu_at
 from moempi.device.cuda_source import WORDS
 from moempi.device.cuda_transfer import put
+from moempi.device.product_tiles import TILES, tile_for
 from moempi.model.expert import Expert
+from moempi.planning.gpu_memory import ROUND_ROWS
 
-# Operations per slot, below which one launch for all slots is faster than cuBLAS slot by slot: its three calls take the
-# host some 60 us, in which the GPU does this much, and a small product does not fill it.
-WORTH_CALLS = 2e10
-ROUND = 16  # tiles to a multiple of which a recorded call is filled up
-ROUND_ROWS = 256  # rows likewise, which lie between the products
-CALL_SHAPES = 64  # of recorded calls: numbers of homes, of tiles and of rows, in which calls of decode differ
-FEW = 3  # parts that are launched one after the other, which takes less of the host than a table of them
+# Operations per part, below which one launch for all is faster than cuBLAS part by part: its three calls take the host
+# some 60 us, in which the GPU does this much, and a small product does not fill it.
+WORTH_CALLS = 4e10
+CALL_SHAPES = 64  # of recorded calls: numbers of batches and of rows, in which calls of decode differ
 
 
 class Batch(NamedTuple):
@@ -43,6 +41,11 @@ class Part(NamedTuple):
     answer: Rows
 
 
+def slots_met(rows_per_slot: tuple[int, ...]) -> int:
+    """How many slots get rows; a loop in Python would take some microseconds of every call."""
+    return len(rows_per_slot) - rows_per_slot.count(0)
+
+
 def parts_of(batches: Sequence[Batch]) -> list[Part]:
     """What is there for any slot, one by one."""
     parts = []
@@ -58,24 +61,35 @@ def parts_of(batches: Sequence[Batch]) -> list[Part]:
 class Scratch:
     """What calls work with. They follow each other on one stream, so all layers share it.
 
+    Args:
+        rows: that there is to be memory for once the first call comes; it grows where one has more.
+
     Attributes:
         graphs: recordings of small calls.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int = 0) -> None:
+        self._rows = rows
         self._memory: Tensor | None = None
         self._table: Tensor | None = None
         self.graphs = Graphs(CALL_SHAPES)
 
-    def take(self, n: int, like: Tensor) -> Tensor:
-        """Flat memory of at least n elements, of the dtype and on the device of another tensor: between products."""
-        if self._memory is None or self._memory.numel() < n:
-            self._memory = torch.empty(n, dtype=like.dtype, device=like.device)
+    def take(self, rows: int, width: int, like: Tensor) -> Tensor:
+        """Flat memory of at least rows * width elements, of the dtype and on the device of another tensor.
+
+        Args:
+            width: elements for a row; the same in all layers.
+        """
+        if self._memory is None or self._memory.numel() < rows * width:
+            self._memory = None
+            # Enough at once: what is given back stays in the allocator's store, beside what comes after it.
+            self._memory = torch.empty(max(rows, self._rows) * width, dtype=like.dtype, device=like.device)
         return self._memory
 
     def table(self, n: int, like: Tensor) -> Tensor:
         """Flat int64 memory of at least n elements, on the device of another tensor: which rows meet which weights."""
         if self._table is None or self._table.numel() < n:
+            self._table = None
             self._table = torch.empty(2 * n, dtype=torch.int64, device=like.device)
         return self._table
 
@@ -94,71 +108,71 @@ class Stack:
         self.gate_up, self.down, self.exact, self._scratch = gate_up, down, exact, scratch
         self.slots, self.nbytes = len(gate_up), gate_up.nbytes + down.nbytes
         self._gate_up, self._down = gate_up.unbind(), down.unbind()  # views made once
-        self._down_turned = [weight.T for weight in self._down]
+        self._gate_up_turned, self._down_turned = gate_up.mT.unbind(), down.mT.unbind()
         self._row_operations = 2 * (self._gate_up[0].numel() + self._down[0].numel())
-        width, d = gate_up.shape[1:]
-        self._units = tuple(unit_of(n, gate_up.dtype) for n in (d, width, width // 2))
+        self._unit = unit_of(gate_up.shape[2], gate_up.dtype)
 
     def __call__(self, batches: Sequence[Batch], memory: Tensor) -> None:
         """Compute all batches. Rows and answers lie in `memory`, which is flat and in the model's dtype."""
-        counts = [n for batch in batches for n in batch.rows_per_slot if n]
-        fixed = self.exact or self._row_operations * sum(counts) < WORTH_CALLS * len(counts)
-        if fixed and len(counts) > FEW:
-            self._together(batches, memory, counts)
+        rows = sum(batch.rows.n for batch in batches)
+        parts = sum(slots_met(batch.rows_per_slot) for batch in batches)
+        fixed = self.exact or self._row_operations * rows < WORTH_CALLS * parts
+        if fixed and parts > 1:
+            self._together(batches, memory, rows)
             return
         for part in parts_of(batches):
-            if fixed:
-                self._fixed(part)
-            else:
-                hidden = swiglu(F.linear(part.rows.tensor(), self._gate_up[part.slot]))
-                torch.mm(hidden, self._down_turned[part.slot], out=part.answer.tensor())
+            self._alone(part, fixed=fixed)
 
-    def _fixed(self, part: Part) -> None:
-        """The bits of `_together`, without its tables: the same kernel."""
-        gate_up, down, n = self._gate_up[part.slot], self._down[part.slot], len(part.rows)
-        width = gate_up.shape[0]
-        scratch = self._scratch.take(n * (width + width // 2), gate_up)
+    def _alone(self, part: Part, *, fixed: bool) -> None:
+        """One part. Fixed: the bits of `_together`, without its tables, by the same kernel; else by cuBLAS."""
+        slot, rows, answer = part
+        n, width, hidden = len(rows), self.gate_up.shape[1], self.gate_up.shape[1] // 2
+        scratch = self._scratch.take(n, width + hidden, self.gate_up)
         gated = scratch.data_ptr()
-        hidden = gated + n * width * gate_up.itemsize
-        product_at(part.rows.address, n, gate_up, gated)
-        swiglu_at(gated, n, width // 2, gate_up.dtype, hidden)
-        product_at(hidden, n, down, part.answer.address)
+        activated = gated + n * width * scratch.itemsize
+        if fixed:
+            product_at(rows.address, n, self._gate_up[slot], gated)
+        else:
+            torch.mm(rows.tensor(), self._gate_up_turned[slot], out=scratch[: n * width].view(n, width))
+        swiglu_at(gated, n, hidden, scratch.dtype, activated)
+        if fixed:
+            product_at(activated, n, self._down[slot], answer.address)
+        else:
+            between = scratch[n * width : n * (width + hidden)].view(n, hidden)
+            torch.mm(between, self._down_turned[slot], out=answer.tensor())
 
-    def _together(self, batches: Sequence[Batch], memory: Tensor, counts: list[int]) -> None:
+    def _together(self, batches: Sequence[Batch], memory: Tensor, rows: int) -> None:
         n_slots, width, d = self.gate_up.shape
-        hidden, dtype = width // 2, self.gate_up.dtype
-        in_d, in_width, in_hidden = self._units
+        unit, hidden, dtype = self._unit, width // 2, self.gate_up.dtype
+        tile = tile_for(dtype, -(-rows // n_slots), d, n_slots)
+        # Calls of few rows come again and again, and are recorded: in few shapes, with empty tiles and rows.
+        recorded = rows <= TILES[dtype][0].rows * n_slots
+        room = -(-rows // ROUND_ROWS) * ROUND_ROWS if recorded else rows
+        tiles = n_slots + room // tile.rows  # or fewer
         given: list[int] = []
         for rows_of, answer, rows_per_slot in batches:
-            given += rows_of.begin // in_d, answer.begin // in_d, *rows_per_slot
-        rows, most = sum(counts), max(counts)
-        tile = tile_for(dtype, most)
-        tiles = sum(-(-n // tile.rows) for n in counts)
-        # Calls of few rows come again and again, and are recorded: in few shapes, with empty tiles and rows.
-        small = most <= tile.rows
-        if small:
-            tiles, rows = -(-tiles // ROUND) * ROUND, -(-rows // ROUND_ROWS) * ROUND_ROWS
+            given += rows_of.begin // unit, answer.begin // unit, *rows_per_slot
         # The tables are made on the GPU, from what is known of the batches: the host would take longer than all else.
-        sizes = len(given), len(batches) * n_slots + 1, 4 * tiles, 4 * tiles
+        sizes = [n + n % 2 for n in (len(given), 3 * tiles, room, room)]  # each table is aligned to 16 bytes
         table = self._scratch.table(sum(sizes), self.gate_up)
-        scratch = self._scratch.take(rows * (width + hidden), self.gate_up)
+        scratch = self._scratch.take(room, width + hidden, self.gate_up)
         if len(given) <= WORDS:
             put_words(given, table.data_ptr())
         else:
             put(np.array(given, dtype=np.int64), table)
 
         def launch() -> None:
-            at, between, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(4))
-            steps = d // in_d, width // in_width, hidden // in_hidden
-            tile_tables(at, between, inward, outward, tiles, (len(batches), n_slots), tile.rows, steps)
-            gated, source = scratch.data_ptr(), memory.data_ptr()
-            activated = gated + rows * width * dtype.itemsize
-            product_by_tiles(source, self.gate_up, gated, inward, tiles, tile, (in_d, in_width))
-            swiglu_at(gated, rows, hidden, dtype, activated)
-            product_by_tiles(activated, self.down, source, outward, tiles, tile, (in_hidden, in_d))
+            at, of_tiles, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(4))
+            row_tables(at, of_tiles, inward, outward, tiles, (len(batches), n_slots), tile.rows, d // unit)
+            divided = Tiles(tile, tiles, of_tiles, unit)
+            source, gated = memory.data_ptr(), scratch.data_ptr()
+            activated = gated + room * width * dtype.itemsize
+            product_gathered(source, self.gate_up, gated, divided, inward)
+            swiglu_at(gated, room, hidden, dtype, activated)
+            product_scattered(activated, self.down, source, divided, outward)
 
-        if small:
-            shape = tile, len(batches), tiles, rows, table.data_ptr(), scratch.data_ptr(), memory.data_ptr()
+        if recorded:
+            shape = tile, len(batches), room, table.data_ptr(), scratch.data_ptr(), memory.data_ptr()
             self._scratch.graphs.run(shape, self.gate_up.data_ptr(), launch)
         else:
             launch()

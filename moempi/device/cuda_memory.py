@@ -96,13 +96,13 @@ class MessageMemory:
         self, n: int, d: int, dtypes: tuple[torch.dtype, torch.dtype], *, home: bool
     ) -> tuple[Block, Rows, Rows] | None:
         """A block with n rows [n, D] and, of another dtype, their answers [n, D]; None while there is no room."""
-        sizes = [n * d * dtype.itemsize for dtype in dtypes]
-        block = self.take(block_bytes(sizes), home=home)
+        rows, answers = dtypes
+        first = aligned(n * d * rows.itemsize)
+        block = self.take(first + aligned(n * d * answers.itemsize), home=home)
         if block is None:
             return None
-        rows, answers = dtypes
-        begin = block.offset // rows.itemsize, (block.offset + block_bytes(sizes[:1])) // answers.itemsize
-        return block, Rows(self._typed[rows], begin[0], n, d), Rows(self._typed[answers], begin[1], n, d)
+        begin, behind = block.offset // rows.itemsize, (block.offset + first) // answers.itemsize
+        return block, Rows(self._typed[rows], begin, n, d), Rows(self._typed[answers], behind, n, d)
 
 
 def block_bytes(parts: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ product is the pattern).
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from enum import IntEnum
 from functools import cache
 from typing import NamedTuple
 
@@ -18,27 +18,26 @@ import triton.language as tl
 from torch import Tensor
 
 from moempi.device.cuda_triton import WIDE, Compiled, compiled
+from moempi.device.product_tiles import Tile, tile_for
 
-
-class Tile(NamedTuple):
-    """Rows and outputs of a tile, inputs of a block, and how a multiprocessor works on it."""
-
-    rows: int
-    outputs: int
-    inputs: int
-    warps: int
-    stages: int
-
-
-# With few rows a product is bound by reading its weights, and many small tiles read them faster. All tiles of a dtype
-# give the same bits (the self-test looks): a tile decides who computes an output, not in which order.
-TILES = {
-    torch.bfloat16: (Tile(64, 64, 64, 4, 5), Tile(128, 128, 64, 8, 4), Tile(256, 128, 64, 8, 3)),
-    torch.float32: (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
-}
-STEPS = (256, 768)  # rows up to which the first and the second tile are taken
 _GROUP = 8  # tiles of rows that share a weight's tile in the cache
-Units = tuple[int, int]  # elements in which offsets of rows and of outputs are counted
+
+
+class Tiles(NamedTuple):
+    """Rows for several weights, the rows of a weight beside each other; on the GPU.
+
+    Args:
+        tile: what the rows were divided into.
+        n: tiles.
+        table: address of int64 [n, 3]: rows that are left of a weight's from here on (0: an empty tile), which row of
+            all it begins with, which weight.
+        unit: elements in which `places` are counted.
+    """
+
+    tile: Tile
+    n: int
+    table: int
+    unit: int
 
 
 @triton.jit(do_not_specialize=["n_rows"])  # a kernel for every number of rows would be compiled while a job runs
@@ -47,12 +46,12 @@ def _product(  # type: ignore[no-untyped-def]
     weights,
     out_base,
     table,
+    places,
     n_rows,
     n_outputs,
     n_inputs,
-    IN_UNIT: tl.constexpr,  # noqa: N803
-    OUT_UNIT: tl.constexpr,  # noqa: N803
-    SINGLE: tl.constexpr,  # noqa: N803
+    UNIT: tl.constexpr,  # noqa: N803
+    WAY: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
     OUTPUTS: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
@@ -67,37 +66,38 @@ def _product(  # type: ignore[no-untyped-def]
     height = min(down - first, GROUP)
     m = first + pid % (GROUP * across) % height
     n = pid % (GROUP * across) // height
-    if SINGLE:
+    if WAY == 0:
         left = n_rows - m * ROWS
-        x = rows_base + m.to(tl.int64) * ROWS * n_inputs
+        begin = m.to(tl.int64) * ROWS
         w = weights
-        y = out_base + m.to(tl.int64) * ROWS * n_outputs
     else:
-        left = tl.load(table + 4 * m).to(tl.int32)
+        left = tl.load(table + 3 * m).to(tl.int32)
         if left == 0:
             return
-        x = rows_base + tl.load(table + 4 * m + 1) * IN_UNIT
-        w = weights + tl.load(table + 4 * m + 2) * n_outputs * n_inputs
-        y = out_base + tl.load(table + 4 * m + 3) * OUT_UNIT
+        begin = tl.load(table + 3 * m + 1)
+        w = weights + tl.load(table + 3 * m + 2) * n_outputs * n_inputs
     # What lies beyond the last row or output is computed from another one and not stored.
     row = tl.arange(0, ROWS)
+    of_row = begin + tl.minimum(row, left - 1)
     output = n * OUTPUTS + tl.arange(0, OUTPUTS)
     inputs = tl.arange(0, BLOCK)
-    from_x = x + tl.minimum(row, left - 1)[:, None] * n_inputs + inputs[None, :]
+    x = tl.load(places + of_row) * UNIT if WAY == 1 else of_row * n_inputs
+    from_x = rows_base + x[:, None] + inputs[None, :]
     from_w = w + tl.minimum(output, n_outputs - 1).to(tl.int64)[None, :] * n_inputs + inputs[:, None]
     total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
-    for begin in range(0, n_inputs, BLOCK):
+    for block in range(0, n_inputs, BLOCK):
         if EVEN:
             a = tl.load(from_x)
             b = tl.load(from_w)
         else:
-            a = tl.load(from_x, mask=inputs[None, :] < n_inputs - begin, other=0.0)
-            b = tl.load(from_w, mask=inputs[:, None] < n_inputs - begin, other=0.0)
+            a = tl.load(from_x, mask=inputs[None, :] < n_inputs - block, other=0.0)
+            b = tl.load(from_w, mask=inputs[:, None] < n_inputs - block, other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
         from_x += BLOCK
         from_w += BLOCK
     mask = (row[:, None] < left) & (output[None, :] < n_outputs)
-    tl.store(y + row.to(tl.int64)[:, None] * n_outputs + output[None, :], total.to(y.dtype.element_ty), mask=mask)
+    y = tl.load(places + of_row) * UNIT if WAY == 2 else of_row * n_outputs
+    tl.store(out_base + y[:, None] + output[None, :], total.to(out_base.dtype.element_ty), mask=mask)
 
 
 def product(x: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
@@ -114,29 +114,24 @@ def product(x: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
 def product_at(source: int, rows: int, weight: Tensor, target: int, tile: Tile | None = None) -> None:
     """The product of rows [R, I] at one address into [R, O] at another, both in the weight's dtype."""
     if rows:
-        tile = tile or tile_for(weight.dtype, rows)
-        _launch(source, weight, target, None, rows, -(-rows // tile.rows), tile, 1, 1)
+        tile = tile or tile_for(weight.dtype, rows, weight.shape[0])
+        _launch(source, weight, target, Tiles(tile, -(-rows // tile.rows), 0, 1), _Way.ALONE, None, rows)
 
 
-def product_by_tiles(
-    source: int, weights: Tensor, target: int, table: int, tiles: int, tile: Tile, units: Units
-) -> None:
-    """For every tile of rows, [R, I] of one memory, their product with one of the weights into [R, O] of another.
+def product_gathered(source: int, weights: Tensor, target: int, tiles: Tiles, places: int) -> None:
+    """Rows of one memory, each [I] times the weight of its tile, into rows [R, O] at an address, in the tiles' order.
 
     Args:
-        source, target: addresses of the memories.
+        source: address of the memory.
         weights: [S, O, I] contiguous.
-        table: address of int64 [tiles, 4] on the GPU: rows that are left of a part from here on (0: an empty tile),
-            where they begin, which weight, where their outputs begin.
-        units: elements in which the table counts in `source` and in `target`; all begins are multiples of 16 bytes
-            where a unit is.
+        places: address of int64 [R]: where in the memory each row is; multiples of 16 bytes where the unit is.
     """
-    _launch(source, weights, target, table, 0, tiles, tile, *units)
+    _launch(source, weights, target, tiles, _Way.GATHER, places)
 
 
-def tile_for(dtype: torch.dtype, rows: int) -> Tile:
-    """The tile for a product of so many rows."""
-    return TILES[dtype][bisect_left(STEPS, rows)]
+def product_scattered(source: int, weights: Tensor, target: int, tiles: Tiles, places: int) -> None:
+    """The other way: rows [R, I] at an address, in the tiles' order, into rows [O] of the memory at `target`."""
+    _launch(source, weights, target, tiles, _Way.SCATTER, places)
 
 
 def unit_of(row: int, dtype: torch.dtype) -> int:
@@ -145,46 +140,40 @@ def unit_of(row: int, dtype: torch.dtype) -> int:
     return unit if row % unit == 0 else 1
 
 
+class _Way(IntEnum):
+    """Where the rows of a product lie."""
+
+    ALONE = 0  # side by side, for one weight
+    GATHER = 1  # those that go in somewhere
+    SCATTER = 2  # those that come out somewhere
+
+
 def _launch(
-    source: int,
-    weights: Tensor,
-    target: int,
-    table: int | None,
-    rows: int,
-    tiles: int,
-    tile: Tile,
-    in_unit: int,
-    out_unit: int,
+    source: int, weights: Tensor, target: int, tiles: Tiles, way: _Way, places: int | None, rows: int = 0
 ) -> None:
     outputs, inputs = weights.shape[-2:]
     addresses = source, weights.data_ptr(), target
     aligned = (source % WIDE == 0, addresses[1] % WIDE == 0, target % WIDE == 0)
-    kernel = _compiled(weights.dtype, aligned, table is None, outputs, inputs, tile, in_unit, out_unit)
-    kernel((tiles * -(-outputs // tile.outputs), 1, 1), *addresses, table, rows, outputs, inputs)
+    kernel = _compiled(weights.dtype, aligned, way, outputs, inputs, tiles.tile, tiles.unit)
+    grid = (tiles.n * -(-outputs // tiles.tile.outputs), 1, 1)
+    kernel(grid, *addresses, tiles.table or None, places, rows, outputs, inputs)
 
 
 @cache
 def _compiled(
-    dtype: torch.dtype,
-    aligned: tuple[bool, bool, bool],
-    single: bool,
-    outputs: int,
-    inputs: int,
-    tile: Tile,
-    in_unit: int,
-    out_unit: int,
+    dtype: torch.dtype, aligned: tuple[bool, bool, bool], way: _Way, outputs: int, inputs: int, tile: Tile, unit: int
 ) -> Compiled:
     """The kernel for products of a kind."""
     constants = {
-        "IN_UNIT": in_unit,
-        "OUT_UNIT": out_unit,
-        "SINGLE": single,
+        "UNIT": unit,
+        "WAY": int(way),
         "ROWS": tile.rows,
         "OUTPUTS": tile.outputs,
         "BLOCK": tile.inputs,
         "EVEN": inputs % tile.inputs == 0,
         "GROUP": _GROUP,
     }
-    pointers = [*((dtype, wide) for wide in aligned), None if single else (torch.int64, True)]
+    tables = [None if way == _Way.ALONE else (torch.int64, True)] * 2
+    pointers = [*((dtype, wide) for wide in aligned), *tables]
     numbers = 2, outputs, inputs
     return compiled(_product, pointers, numbers, constants, num_warps=tile.warps, num_stages=tile.stages)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moempi.device.cuda_launch import Kernel, float_bits
-from moempi.device.cuda_source import SOURCE, WORDS
+from moempi.device.cuda_source import SOURCE, TOKENS, WORDS
 from moempi.model.attention import AttentionPlan
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
@@ -28,10 +28,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.f
     d = x.shape[-1]
     rows = x.numel() // d
     if rows:
-        # The number of threads is part of the order of the sum: it follows from D alone.
-        threads = 32 if d <= 256 else 256
+        threads, wide = _norm_shape(d, x)
         values = [x.data_ptr(), weight.data_ptr(), out.data_ptr(), weight.numel() // d, d, float_bits(eps)]
-        _kernel(f"rms_norm<{_NAMES[x.dtype]}, {_NAMES[dtype]}>", 6)(rows, threads, values)
+        _kernel(f"rms_norm<{_NAMES[x.dtype]}, {_NAMES[dtype]}, {wide}>", 6)(rows, threads, values)
     return out
 
 
@@ -39,9 +38,9 @@ def add_norm(residual: Tensor, rows: Tensor, weight: Tensor, eps: float, total: 
     """Residual plus rows, both [T, D], into `total` [T, D], and its RMS norm into `normed` [T, D]; all of one dtype."""
     n, d = rows.shape
     if n:
-        threads = 32 if d <= 256 else 256  # as in `rms_norm`
+        threads, wide = _norm_shape(d, residual, rows, total, normed)
         tensors = [t.data_ptr() for t in (residual, rows, weight, total, normed)]
-        _kernel(f"add_norm<{_NAMES[rows.dtype]}>", 7)(n, threads, [*tensors, d, float_bits(eps)])
+        _kernel(f"add_norm<{_NAMES[rows.dtype]}, {wide}>", 7)(n, threads, [*tensors, d, float_bits(eps)])
 
 
 def turn_heads(
@@ -73,8 +72,9 @@ def turn_heads(
     if n:
         where = plan.positions, plan.write_pages, plan.write_offsets
         tensors = [t.data_ptr() for t in (rows, norm, *tables, *where, queries, keys, values)]
-        values_of = [*tensors, heads, kv_heads, dim, width, page, float_bits(eps)]
-        _kernel(f"turn_heads<{_NAMES[rows.dtype]}>", 16)(n, 256, values_of)
+        values_of = [*tensors, n, heads, kv_heads, dim, width, page, float_bits(eps)]
+        blocks = -(-n // TOKENS) * (heads + 2 * kv_heads)
+        _kernel(f"turn_heads<{_NAMES[rows.dtype]}>", 17)(blocks, 256, values_of, shared=4 * dim * (TOKENS + 1))
     return queries
 
 
@@ -174,28 +174,22 @@ def sort_pairs(
     return pairs, places
 
 
-def tile_tables(
-    batches: int,
-    begins: int,
-    inward: int,
-    outward: int,
-    tiles: int,
-    shape: tuple[int, int],
-    tile: int,
-    units: tuple[int, int, int],
+def row_tables(
+    batches: int, tiles: int, inward: int, outward: int, room: int, shape: tuple[int, int], tile: int, row: int
 ) -> None:
-    """Which rows meet which weights in the two products of an expert call, tile by tile (`cuda_products`).
+    """Which rows meet which weights in the two products of an expert call, slot by slot (`cuda_products.Tiles`).
 
     Args:
         batches: address of int64 [B, 2 + S]: where a batch's rows begin, where its outputs do, its rows for every slot.
-        begins: address of int64 [B * S + 1], for what lies in between.
-        inward, outward: addresses of int64 [tiles, 4].
-        tiles: at least as many as there are; the rest are empty.
+        tiles: address of int64 [room, 3].
+        inward, outward: addresses of int64 [R]: of every row, slot by slot, where it is and where its output goes.
+        room: tiles, at least as many as there are; the rest are empty.
         shape: B and S.
         tile: rows of a tile.
-        units: in a row of a batch, of what comes out of the first product, and of what goes into the second one.
+        row: length of one, in the unit of all places.
     """
-    _kernel("tile_tables", 11)(1, 1024, [batches, begins, inward, outward, tiles, *shape, tile, *units])
+    values = [batches, tiles, inward, outward, room, *shape, tile, row]
+    _kernel("row_tables", 9)(shape[0] * shape[1], 128, values)
 
 
 def put_words(values: list[int], address: int) -> None:
@@ -227,11 +221,12 @@ def _kernel(name: str, n_parameters: int, words: int = 1) -> Kernel:
 @cache
 def _module() -> cupy.RawModule:
     types = _NAMES.values()
-    names = ["choose", "sort_pairs", "tile_tables", "put_words", "greedy"]
-    names += [f"rms_norm<{a}, {b}>" for a in types for b in types]
-    names += [f"{kernel}<{t}>" for kernel in ("turn_heads", "add_norm") for t in types]
+    names = ["choose", "sort_pairs", "row_tables", "put_words", "greedy"]
+    names += [f"turn_heads<{t}>" for t in types]
     for wide_float, wide_bf16 in ((4, 8), (1, 1)):
         wide = {"float": wide_float, "bf16": wide_bf16}
+        names += [f"rms_norm<{a}, {b}, {wide[a]}>" for a in types for b in types]
+        names += [f"add_norm<{t}, {wide[t]}>" for t in types]
         names += [f"{kernel}<{t}, {wide[t]}>" for kernel in ("swiglu", "gather") for t in types]
         names += [f"combine<{t}, {t}, {wide[t]}>" for t in types]
     names += ["combine<bf16, float, 4>", "combine<bf16, float, 1>"]
@@ -248,6 +243,17 @@ def _wide(d: int, itemsize: int, addresses: int) -> int:
     """
     n = _WIDE // itemsize
     return n if d % n == 0 and addresses % _WIDE == 0 else 1
+
+
+def _norm_shape(d: int, *rows: Tensor) -> tuple[int, int]:
+    """Threads for the norm of a row [D], and what each takes at once: they order its sum, so they follow from D."""
+    if d <= 256:
+        return 32, 1  # as a head is normed in `turn_heads`
+    wide = _WIDE // rows[0].itemsize
+    if d % 8:
+        return 256, 1
+    assert all(t.data_ptr() % _WIDE == 0 for t in rows), "rows of whole packs begin with one"
+    return 256, wide
 
 
 def _threads(chunks: int) -> int:

@@ -1,6 +1,7 @@
 """The CUDA C++ of the row kernels. Launched by `moempi.device.cuda_rows`, which says what goes in and out."""
 
 WORDS = 240  # that a launch takes along
+TOKENS = 16  # whose heads a block turns
 
 SOURCE = r"""
 typedef long long integer;
@@ -51,108 +52,119 @@ __global__ void put_words(integer* to, integer n, Words words) {
   for (integer i = threadIdx.x; i < n; i += blockDim.x) to[i] = words.at[i];
 }
 
-template <class T, class O>
+// 1 / root mean square of a row, N values of it by a thread at a time: the order of the sum follows from d alone.
+template <class T, int N>
+__device__ inline float norm_factor(const T* row, integer d, float eps) {
+  float squares = 0.0f;
+  for (integer i = N * threadIdx.x; i < d; i += N * blockDim.x) {
+    const Pack<T, N> x = load<T, N>(row + i);
+    for (int j = 0; j < N; ++j) squares = squares + wide(x.at[j]) * wide(x.at[j]);
+  }
+  return rsqrtf(block_sum(squares) / d + eps);
+}
+
+template <class T, class O, int N>
+__device__ inline void scale_row(const T* row, float factor, const float* weight, O* out, integer d) {
+  for (integer i = N * threadIdx.x; i < d; i += N * blockDim.x) {
+    const Pack<T, N> x = load<T, N>(row + i);
+    Pack<O, N> y;
+    for (int j = 0; j < N; ++j) y.at[j] = narrow<O>(wide(x.at[j]) * factor * weight[i + j]);
+    store<O, N>(out + i, y);
+  }
+}
+
+template <class T, class O, int N>
 __global__ void rms_norm(const T* x, const float* weight, O* out, integer heads, integer d, float eps) {
   const T* row = x + blockIdx.x * d;
-  const float* scale = weight + blockIdx.x % heads * d;
-  float squares = 0.0f;
-  for (integer i = threadIdx.x; i < d; i += blockDim.x) { float v = wide(row[i]); squares = squares + v * v; }
-  float factor = rsqrtf(block_sum(squares) / d + eps);
-  O* to = out + blockIdx.x * d;
-  for (integer i = threadIdx.x; i < d; i += blockDim.x) to[i] = narrow<O>(wide(row[i]) * factor * scale[i]);
+  const float factor = norm_factor<T, N>(row, d, eps);
+  scale_row<T, O, N>(row, factor, weight + blockIdx.x % heads * d, out + blockIdx.x * d, d);
 }
 
-// What the threads before this one in a block of 1024 have together; `all` gets what the block has.
-__device__ inline integer sum_before(integer x, integer& all) {
-  __shared__ integer sums[32];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  integer upto = x;
-  for (int step = 1; step < 32; step *= 2) {
-    const integer other = __shfl_up_sync(0xffffffffu, upto, step);
-    if (lane >= step) upto += other;
-  }
-  __syncthreads();
-  if (lane == 31) sums[warp] = upto;
-  __syncthreads();
-  integer before = lane < warp ? sums[lane] : 0;
-  all = sums[lane];
+// Sums of two integers over a block of whole warps; the same on all threads.
+__device__ inline void block_sums(integer& x, integer& y) {
+  __shared__ integer parts[2][32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   for (int step = 16; step; step /= 2) {
-    before += __shfl_xor_sync(0xffffffffu, before, step);
-    all += __shfl_xor_sync(0xffffffffu, all, step);
+    x += __shfl_xor_sync(0xffffffffu, x, step);
+    y += __shfl_xor_sync(0xffffffffu, y, step);
   }
-  return before + upto - x;
+  if (lane == 0) { parts[0][warp] = x; parts[1][warp] = y; }
+  __syncthreads();
+  x = y = 0;
+  for (int i = 0; i < warps; ++i) { x += parts[0][i]; y += parts[1][i]; }
+  __syncthreads();
 }
 
-// One block of 1024 threads. A part is what a batch has for a slot. Between the two products the rows lie batch by
-// batch; the tiles of a slot are beside each other, because they read the same weights. Up to `room` come empty ones.
-__global__ void tile_tables(const integer* batches, integer* begins, integer* inward, integer* outward, integer room,
-                            integer n_batches, integer n_slots, integer tile, integer row, integer gated,
-                            integer hidden) {
-  const integer n = n_batches * n_slots;
-  integer base = 0, all;
-  for (integer begin = 0; begin < n; begin += 1024) {
-    const integer i = begin + threadIdx.x;
-    const integer before = sum_before(i < n ? batches[i / n_slots * (n_slots + 2) + 2 + i % n_slots] : 0, all);
-    if (i < n) begins[i] = base + before;
-    base += all;
-  }
-  if (threadIdx.x == 0) begins[n] = base;
-  __syncthreads();
-  integer first = 0;
-  for (integer begin = 0; begin < n; begin += 1024) {
-    const integer i = begin + threadIdx.x, slot = i / n_batches, batch = i % n_batches;
-    const integer part = batch * n_slots + slot, rows = i < n ? begins[part + 1] - begins[part] : 0;
-    const integer tiles = (rows + tile - 1) / tile, at = first + sum_before(tiles, all);
-    first += all;
-    if (tiles == 0) continue;
-    const integer* from = batches + batch * (n_slots + 2);
-    const integer begin_of_batch = begins[batch * n_slots];
-    for (integer j = 0; j < tiles; ++j) {
-      const integer here = begins[part] + j * tile, left = rows - j * tile, skip = (here - begin_of_batch) * row;
-      integer* in = inward + 4 * (at + j);
-      integer* out = outward + 4 * (at + j);
-      in[0] = out[0] = left;
-      in[1] = from[0] + skip;
-      in[2] = out[2] = slot;
-      in[3] = here * gated;
-      out[1] = here * hidden;
-      out[3] = from[1] + skip;
+// A block per slot and batch. Between the two products rows lie slot by slot, so that a tile has those of all batches.
+__global__ void row_tables(const integer* batches, integer* tiles, integer* inward, integer* outward,
+                           integer room, integer n_batches, integer n_slots, integer tile, integer row) {
+  const integer slot = blockIdx.x / n_batches, batch = blockIdx.x % n_batches, line = n_slots + 2;
+  const integer* counts = batches + 2;
+  integer before = 0, skipped = 0;  // rows of smaller slots, and of this one in smaller batches; in this batch
+  integer tiles_before = 0, all_tiles = 0;
+  for (integer s = threadIdx.x; s < n_slots; s += blockDim.x) {
+    integer rows = 0, up_to_here = 0;
+    for (integer b = 0; b < n_batches; ++b) {
+      rows += counts[b * line + s];
+      if (b < batch) up_to_here += counts[b * line + s];
     }
+    const integer of_slot = (rows + tile - 1) / tile;
+    all_tiles += of_slot;
+    if (s < slot) { before += rows; tiles_before += of_slot; skipped += counts[batch * line + s]; }
+    if (s == slot) before += up_to_here;
   }
-  for (integer i = first + threadIdx.x; i < room; i += 1024) inward[4 * i] = outward[4 * i] = 0;
+  block_sums(before, skipped);
+  block_sums(tiles_before, all_tiles);
+  const integer mine = counts[batch * line + slot];
+  for (integer i = threadIdx.x; i < mine; i += blockDim.x) {
+    inward[before + i] = batches[batch * line] + (skipped + i) * row;
+    outward[before + i] = batches[batch * line + 1] + (skipped + i) * row;
+  }
+  if (batch != 0) return;
+  integer rows = 0;
+  for (integer b = 0; b < n_batches; ++b) rows += counts[b * line + slot];
+  for (integer i = threadIdx.x; i * tile < rows; i += blockDim.x) {
+    integer* to = tiles + 3 * (tiles_before + i);
+    to[0] = rows - i * tile;
+    to[1] = before + i * tile;
+    to[2] = slot;
+  }
+  if (slot == 0)
+    for (integer i = all_tiles + threadIdx.x; i < room; i += blockDim.x) tiles[3 * i] = 0;
 }
 
 // Residual and the rows that are added to it, [T, D]; then the RMS norm of their sum, as `rms_norm` has it.
-template <class T>
+template <class T, int N>
 __global__ void add_norm(const T* residual, const T* rows, const float* weight, T* sum, T* normed, integer d,
                          float eps) {
   const integer begin = blockIdx.x * d;
-  float squares = 0.0f;
-  for (integer i = threadIdx.x; i < d; i += blockDim.x) {
-    const T total = narrow<T>(wide(residual[begin + i]) + wide(rows[begin + i]));
-    sum[begin + i] = total;
-    squares = squares + wide(total) * wide(total);
+  for (integer i = N * threadIdx.x; i < d; i += N * blockDim.x) {
+    const Pack<T, N> a = load<T, N>(residual + begin + i), b = load<T, N>(rows + begin + i);
+    Pack<T, N> y;
+    for (int j = 0; j < N; ++j) y.at[j] = narrow<T>(wide(a.at[j]) + wide(b.at[j]));
+    store<T, N>(sum + begin + i, y);
   }
-  const float factor = rsqrtf(block_sum(squares) / d + eps);
-  for (integer i = threadIdx.x; i < d; i += blockDim.x)
-    normed[begin + i] = narrow<T>(wide(sum[begin + i]) * factor * weight[i]);
+  // A thread reads again what it has written itself.
+  const float factor = norm_factor<T, N>(sum + begin, d, eps);
+  scale_row<T, T, N>(sum + begin, factor, weight, normed + begin, d);
 }
 
-// One block per token, one warp per head; queries and keys are normed and turned, keys and values go into the cache.
+// One block per N_TOKENS tokens and head, of queries, then keys, then values. Queries and keys are normed and turned.
+// Keys lie position beside position in the cache: they are written so, out of what the block has of them.
 template <class T>
 __global__ void turn_heads(const T* rows, const float* norm, const float* cosines, const float* sines,
                            const integer* positions, const integer* pages, const integer* offsets, float* queries,
-                           T* keys, T* values, integer heads, integer kv_heads, integer dim, integer width,
-                           integer page_size, float eps) {
-  const integer t = blockIdx.x, half = dim / 2;
-  const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-  const float* cosine = cosines + positions[t] * dim;
-  const float* sine = sines + positions[t] * dim;
-  for (integer h = threadIdx.x / 32; h < heads + 2 * kv_heads; h += warps) {
-    const T* row = rows + (t * (heads + 2 * kv_heads) + h) * dim;
-    const integer kv = (h - heads) % kv_heads, place = pages[t] * kv_heads + kv;
+                           T* keys, T* values, integer tokens, integer heads, integer kv_heads, integer dim,
+                           integer width, integer page_size, float eps) {
+  extern __shared__ float turned[];  // [dim, N_TOKENS + 1], of keys
+  const integer all = heads + 2 * kv_heads, first = blockIdx.x / all * N_TOKENS, h = blockIdx.x % all, half = dim / 2;
+  const int lane = threadIdx.x % 32, n = static_cast<int>(min(tokens - first, static_cast<integer>(N_TOKENS)));
+  const integer kv = (h - heads) % kv_heads;
+  for (int j = threadIdx.x / 32; j < n; j += blockDim.x / 32) {
+    const integer t = first + j;
+    const T* row = rows + (t * all + h) * dim;
     if (h >= heads + kv_heads) {
-      T* to = values + (place * page_size + offsets[t]) * width;
+      T* to = values + ((pages[t] * kv_heads + kv) * page_size + offsets[t]) * width;
       for (integer i = lane; i < dim; i += 32) to[i] = row[i];
       continue;
     }
@@ -160,20 +172,28 @@ __global__ void turn_heads(const T* rows, const float* norm, const float* cosine
     for (integer i = lane; i < dim; i += 32) { float v = wide(row[i]); squares = squares + v * v; }
     const float factor = rsqrtf(warp_sum(squares) / dim + eps);
     const float* scale = norm + h * dim;
-    for (integer i = lane; i < half; i += 32) {
-      const integer j = i + half;
-      const float low = wide(row[i]) * factor * scale[i], high = wide(row[j]) * factor * scale[j];
-      const float turned_low = low * cosine[i] + high * sine[i], turned_high = high * cosine[j] + low * sine[j];
+    const float* cosine = cosines + positions[t] * dim;
+    const float* sine = sines + positions[t] * dim;
+    for (integer low = lane; low < half; low += 32) {
+      const integer high = low + half;
+      const float x = wide(row[low]) * factor * scale[low], y = wide(row[high]) * factor * scale[high];
+      const float turned_low = x * cosine[low] + y * sine[low], turned_high = y * cosine[high] + x * sine[high];
       if (h < heads) {
-        float* to = queries + (t * heads + h) * dim;
-        to[i] = turned_low;
-        to[j] = turned_high;
+        queries[(t * heads + h) * dim + low] = turned_low;
+        queries[(t * heads + h) * dim + high] = turned_high;
       } else {
-        T* to = keys + place * width * page_size + offsets[t];
-        to[i * page_size] = narrow<T>(turned_low);
-        to[j * page_size] = narrow<T>(turned_high);
+        turned[low * (N_TOKENS + 1) + j] = turned_low;
+        turned[high * (N_TOKENS + 1) + j] = turned_high;
       }
     }
+  }
+  if (h < heads || h >= heads + kv_heads) return;
+  __syncthreads();
+  for (int i = threadIdx.x; i < dim * N_TOKENS; i += blockDim.x) {
+    const int j = i % N_TOKENS, at = i / N_TOKENS;
+    if (j >= n) continue;
+    T* to = keys + (pages[first + j] * kv_heads + kv) * width * page_size + offsets[first + j];
+    to[at * page_size] = narrow<T>(turned[at * (N_TOKENS + 1) + j]);
   }
 }
 
@@ -263,11 +283,12 @@ __global__ void sort_pairs(const int* experts, const integer* turns, const int* 
                            int* pairs, int* places, integer* counts, integer n, integer top_k, integer most,
                            integer layer) {
   __shared__ int less[32], same[32];
-  const int mine = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int mine = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = static_cast<int>(top_k);
   auto cover = [&](integer i) {  // replicas take turns; what belongs to no token comes behind all
-    if (turns[i / top_k] < 0) return 0x7fffffff;
+    const integer turn = turns[static_cast<int>(i) / k];
+    if (turn < 0) return 0x7fffffff;
     const int e = experts[i];
-    return cover_of[e * most + (most > 1 ? (turns[i / top_k] + layer) % n_replicas[e] : 0)];
+    return cover_of[e * most + (most > 1 ? (turn + layer) % n_replicas[e] : 0)];
   };
   int l = 0, s = 0;
   for (integer i = threadIdx.x; i < n; i += 1024) {
@@ -334,4 +355,4 @@ __global__ void greedy(const float* logits, integer* tokens, float* logprobs, in
     logprobs[blockIdx.x] = fabsf(best) < infinity ? -logf(sum) : __int_as_float(0x7fc00000);
   }
 }
-""".replace("N_WORDS", str(WORDS))
+""".replace("N_WORDS", str(WORDS)).replace("N_TOKENS", str(TOKENS))

@@ -28,6 +28,7 @@ class Device(Protocol):
     name: str  # "cpu" or "cuda"
     mode: str  # "exact" or "fast"
     threads: int  # of the host, for torch
+    arithmetic: int  # goes up with every change of its kernels that gives other bits
     model: str  # of the processor or GPU, where bits or figures depend on it; else empty
 
     def describe(self) -> str:

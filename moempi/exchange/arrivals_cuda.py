@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from moempi.device.cuda_experts import Batch, Layer
+from moempi.device.cuda_experts import Batch, Layer, slots_met
 from moempi.exchange.arrivals import Arrival, Experts
 from moempi.exchange.waiting import CallCost, Waiting
 from moempi.planning.gpu_memory import CALL_ROWS
@@ -57,7 +57,7 @@ class CudaExperts(Experts):
         if not self.waiting:
             self.since = now
         self._arrivals.setdefault(arrival.layer, deque()).append(arrival)
-        slots = sum(map(bool, arrival.rows_per_slot))
+        slots = slots_met(arrival.rows_per_slot)
         self.waiting.add(arrival.layer, arrival.source, arrival.left, slots, now)
 
     def serve(self, most_rows: int) -> tuple[int, int, list[Arrival]]:

@@ -32,16 +32,6 @@ class CudaTable:
     cover_of: Tensor  # [E, most replicas] int32, on the GPU
     n_replicas: Tensor  # [E] int32, on the GPU
     cover_of_slot: np.ndarray  # [S]
-    expert_of_cover: np.ndarray  # [covers]
-
-    def load(self, counts: np.ndarray) -> np.ndarray:
-        """Pairs of every expert [E], int64, from those of every cover."""
-        load = np.zeros(len(self.table.n_replicas), dtype=np.int64)
-        if len(counts) == len(load):
-            load[self.expert_of_cover] = counts  # no replicas: a cover each
-        else:
-            np.add.at(load, self.expert_of_cover, counts)
-        return load
 
 
 def on_gpu(tables: Mapping[int, LayerTable], device: torch.device) -> dict[int, CudaTable]:
@@ -58,7 +48,6 @@ def _on_gpu(table: LayerTable, device: torch.device) -> CudaTable:
         torch.from_numpy(table.cover_of.astype(np.int32)).to(device),
         torch.from_numpy(table.n_replicas.astype(np.int32)).to(device),
         cover_of_slot,
-        np.array([table.expert[slots[0]] for slots in table.covers]),
     )
 
 
@@ -124,8 +113,7 @@ async def dispatch(
         # The number of rows is known: they are packed before the host knows where they go.
         rows, answers, block = await _reserve(engine, pairs.shape[0], hidden.shape[1], table)
         cuda_rows.gather(hidden, pairs, top_k, rows.address)
-    await engine.passed()
-    counts = landing.numpy().copy()
+    counts = await engine.counted(microbatch, len(table.covers))
     if table.cut:
         by_slot = _by_slot(pairs, counts, on_gpu)
         rows, answers, block = await _reserve(engine, by_slot.shape[0], hidden.shape[1], table)

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from moempi.exchange.plan import Message, Tags, header_bytes
 from moempi.exchange.requests import Requests
 from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import PAUSE, Future, Slicer, Task
+from moempi.exchange.unanswered import Unanswered
 from moempi.exchange.wire import as_bytes, frame, read_header
 from moempi.recorder import Recorder
 from moempi.stages import (
@@ -72,23 +72,6 @@ class Limits:
     spin: float = 0.0
 
 
-class Unanswered(NamedTuple):
-    """A dispatch that has not come back: enough to say who waits for what from whom."""
-
-    since: float  # on the engine's own clock
-    layer: int
-    microbatch: int
-    peer: int
-    rows: int
-    posted: int  # ns of the recorder's clock
-    way: str = ""  # beyond the peer, where that is a relay
-
-    def describe(self, now: float) -> str:
-        """Who owes what, and since when; `now` is on the engine's own clock."""
-        waits_for = f"layer {self.layer}, microbatch {self.microbatch}, {self.rows} rows"
-        return f"rank {self.peer}{self.way}: {waits_for}, {now - self.since:.1f} s"
-
-
 class Engine:
     """Owns all messages between homes and experts on one rank.
 
@@ -120,7 +103,7 @@ class Engine:
         self.requests = Requests()
         self.arrivals = Account(limits.arrival_budget)
         self.slicer = Slicer(limits.slice)
-        self.takers: list[Callable[[], bool]] = [self._take_arrivals]  # of messages; each says whether any had come
+        self.takers: list[Callable[[], bool]] = [self._take_arrivals]  # of what comes; each says whether anything had
         self.services: list[Callable[[], bool]] = []  # polled now and then; each says whether anything happened
         self._channels, self._limits = channels, limits
         self._ready: deque[Task] = deque()
@@ -244,7 +227,10 @@ class Engine:
             self._empty_polls = self._sleeps = 0
         else:
             self._sleeps += 1
-        # The look at the network that found nothing is part of the rest.
+        self._note_rest()
+
+    def _note_rest(self) -> None:
+        """The look at the network that found nothing is part of the rest."""
         oldest = next(iter(self._unanswered.values()), None)
         if oldest is not None:
             self.recorder.rest(EXPOSED, oldest.peer)
@@ -342,11 +328,16 @@ class Engine:
 
     def _take_arrivals(self) -> bool:
         moved, status = False, self._status
-        while self._channels.dispatch.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
+        while self._probe():
             if not self._take_arrival(status.Get_source(), status.Get_tag(), status.Get_count(MPI.BYTE)):
                 break
             moved = True
         return moved
+
+    def _probe(self) -> bool:
+        """Whether a dispatch has come, and in `_status` which. One look may take it in, and only the next find it."""
+        look, status = self._channels.dispatch.Iprobe, self._status
+        return look(MPI.ANY_SOURCE, MPI.ANY_TAG, status) or look(MPI.ANY_SOURCE, MPI.ANY_TAG, status)
 
     def _take_arrival(self, source: int, tag: int, nbytes: int) -> bool:
         """Receive a dispatch if the budget has room for its rows and their answer; else leave it where it is."""

@@ -31,7 +31,9 @@ from moempi.exchange.plan import Message, Tags, header_bytes
 from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import Future, Slicer, Task
 from moempi.recorder import Recorder
-from moempi.stages import ANSWER_KIND, DISPATCH_KIND, EXPERT, LOADED, NO_STEP
+from moempi.stages import ANSWER_KIND, DISPATCH_KIND, EXPERT, LOADED, NO_STEP, RECEIVE
+
+LOOKS = 8  # at clocks and messages, of a rank with nothing else to do, before its next turn
 
 
 class Whole(Slicer):
@@ -82,12 +84,17 @@ class CudaEngine(Engine):
         super().__init__(channels, tables, experts, dtype, d_model, tags, limits, recorder)
         self.memory, self._host = memory, host
         self.slicer = Whole()
+        self.takers.insert(0, self._look_at_clocks)
         self.high, self.low = torch.cuda.Stream(priority=-1), torch.cuda.Stream(priority=0)
         self._high_clock, self._low_clock = Clock(self.high), Clock(self.low)
         copies = None if host is None else Copies()
         self._clocks = [self._high_clock, self._low_clock, *(copies.clocks if copies else ())]
         self._there, self._back = (self._carrier(comm, copies) for comm in (payload, channels.answers.Dup()))
         self._headers: deque[Header] = deque()  # of dispatches that there has been no room for
+        most_slots = max((table.slots_on(self.rank) for table in tables.values()), default=0)
+        self._next_counts = np.empty(most_slots, dtype=np.int32)  # rows per slot, of the next header
+        # Not among the requests, on whose end the engine waits: this one is always there.
+        self._next_header = self._post_header()
         self._wanting_room: list[Future] = []
         self._counts: dict[tuple[int, int], Tensor] = {}
 
@@ -111,15 +118,16 @@ class CudaEngine(Engine):
         finally:
             torch.cuda.set_sync_debug_mode(before)
 
-    def poll(self) -> bool:
-        """What the GPU has come past, then what every engine looks at."""
-        moved = self._look_at_clocks()
-        return super().poll() or moved
-
     def _rest(self) -> None:
-        # Kernels and messages under way end within microseconds: sleeping would cost more than it saves.
+        # Kernels and messages under way end within microseconds: sleeping would cost more than it saves, and a turn
+        # takes several times as long as what it is about.
         if self.requests or self.experts.waiting or any(self._clocks):
-            self._empty_polls = 0
+            self._empty_polls = self._sleeps = 0
+            for _ in range(LOOKS):
+                if self._look_at_clocks() or self._take_arrivals() or self.requests.test():
+                    self.recorder.lap(RECEIVE)
+                    return
+                self._note_rest()
         super()._rest()
 
     # ------------------------------------------------------------ what the GPU does
@@ -149,6 +157,11 @@ class CudaEngine(Engine):
         if key not in self._counts:
             self._counts[key] = torch.zeros(n, dtype=torch.int64, pin_memory=True)
         return self._counts[key]
+
+    async def counted(self, microbatch: int, n: int) -> np.ndarray:
+        """A copy [n] of these counts, once the current stream has come to here."""
+        await self.passed()
+        return self.counts(microbatch, n).numpy().copy()
 
     # ------------------------------------------------------------ memory of messages
 
@@ -205,16 +218,20 @@ class CudaEngine(Engine):
 
     def _take_arrivals(self) -> bool:
         moved, status = False, self._status
-        while self._channels.dispatch.Iprobe(MPI.ANY_SOURCE, MPI.ANY_TAG, status):
-            counts = np.empty(status.Get_count(MPI.BYTE) // 4, dtype=np.int32)
-            source, tag = status.Get_source(), status.Get_tag()
-            self._channels.dispatch.Recv(counts, source, tag)  # a few bytes, and they are here
-            self._headers.append(Header(source, tag, tuple(counts.tolist())))
+        while self._next_header.Test(status):
+            tag = status.Get_tag()
+            counts = self._next_counts[: self.tables[self.tags.layer(tag)].slots_on(self.rank)].tolist()
+            self._headers.append(Header(status.Get_source(), tag, tuple(counts)))
+            self._next_header = self._post_header()
             moved = True
         while self._headers and self._receive(self._headers[0]):
             self._headers.popleft()
             moved = True
         return moved
+
+    def _post_header(self) -> MPI.Request:
+        """A receive that is there before the next header is: one test moves it along and finds it."""
+        return self._channels.dispatch.Irecv(self._next_counts, MPI.ANY_SOURCE, MPI.ANY_TAG)
 
     def _receive(self, header: Header) -> bool:
         """Receive the rows of a dispatch if there is room for them and their answer."""
@@ -278,6 +295,8 @@ class CudaEngine(Engine):
 
     def free(self) -> None:
         """Give communicators and pinned memory back. Collective."""
+        self._next_header.Cancel()
+        self._next_header.Wait()
         super().free()
         self._there.free()
         self._back.free()

@@ -60,8 +60,7 @@ def plan_dispatch(covers: np.ndarray, table: LayerTable) -> DispatchPlan:
 
 def plan_messages(slot_counts: np.ndarray, table: LayerTable) -> tuple[Message, ...]:
     """The messages, where slot s gets slot_counts[s] rows."""
-    # Lists: a loop over elements of an array costs several times as much.
-    per_slot, begin, messages, lo = slot_counts.tolist(), table.rank_begin.tolist(), [], 0
+    per_slot, begin, messages, lo = slot_counts.tolist(), table.rank_begins, [], 0
     for rank in range(table.n_ranks):
         rows = per_slot[begin[rank] : begin[rank + 1]]
         hi = lo + sum(rows)

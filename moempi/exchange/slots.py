@@ -7,6 +7,7 @@ A row goes to every slot of one cover; a whole expert is a cover of one slot.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -33,9 +34,14 @@ class LayerTable:
     n_replicas: np.ndarray  # [E]
     cut: bool  # some cover has several slots; all answers of the layer are then float32
 
+    @cached_property
+    def rank_begins(self) -> list[int]:
+        """`rank_begin` as a list, of which a loop reads elements several times as fast."""
+        return self.rank_begin.tolist()
+
     def slots_on(self, rank: int) -> int:
         """How many slots a rank holds."""
-        return int(self.rank_begin[rank + 1] - self.rank_begin[rank])
+        return self.rank_begins[rank + 1] - self.rank_begins[rank]
 
     def choose_covers(self, experts: np.ndarray, sequences: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """Covers [T, K] of routes [T, K]: replicas take turns by (sequence + position + layer).
@@ -45,6 +51,15 @@ class LayerTable:
         """
         turn = (sequences + positions + self.layer)[:, None]
         return self.cover_of[experts, turn % self.n_replicas[experts]]
+
+    def load(self, counts: np.ndarray) -> np.ndarray:
+        """Pairs of every expert [E], int64, from those of every cover."""
+        of_replica = counts[self.cover_of]  # [E, most replicas]
+        most = of_replica.shape[1]
+        if most == 1:
+            return of_replica[:, 0]
+        # Behind its last replica an expert has cover 0, which is another's.
+        return of_replica.sum(1, where=np.arange(most) < self.n_replicas[:, None])
 
 
 def answer_itemsize(cut: bool, itemsize: int) -> int:

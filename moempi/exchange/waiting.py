@@ -7,6 +7,7 @@ call would take: it is never late by more than that, and often saves it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -44,6 +45,8 @@ class Waiting:
         self._places = {layer: place for place, layer in enumerate(sorted(costs))}
         self._queues: dict[int, _Queue] = {}  # the first to come first
         self._expected: dict[int, int] = {}  # homes whose last rows were few, and the layer that these were for
+        self._chosen: int | None = None
+        self._holds_until = 0  # ns, up to which `_chosen` holds while nothing comes and nothing is taken
 
     def __bool__(self) -> bool:
         return bool(self._queues)
@@ -60,8 +63,9 @@ class Waiting:
 
     def note(self, layer: int, home: int, rows: int) -> None:
         """Rows of a home have come for a layer, whether they wait or not: it is expected again if they are few."""
+        self._holds_until = 0
         self._expected.pop(home, None)
-        if self._is_few(layer, rows):
+        if rows < self._costs[layer].few:
             self._expected[home] = layer
 
     @property
@@ -71,25 +75,40 @@ class Waiting:
 
     def hurry(self) -> None:
         """What waits is not to wait any longer: it stands in the way of what it waits for."""
+        self._holds_until = 0
         for queue in self._queues.values():
             queue.until = queue.came
 
     def choose(self, now: int) -> int | None:
         """The layer to be computed now, where any waits; None where its rows should wait for others."""
+        # Asked for in every turn, and nearly always as before.
+        if now >= self._holds_until:
+            self._chosen = self._choose(now)
+            late = next(iter(self._queues.values())).came + LONGEST + 1
+            changes = min(self.due, late) if self._chosen is None else late
+            self._holds_until = changes if changes > now else sys.maxsize
+        return self._chosen
+
+    def _choose(self, now: int) -> int | None:
         first = next(iter(self._queues))
         if now - self._queues[first].came > LONGEST:
             return first
-        fullest = max(self._queues, key=lambda layer: self._queues[layer].rows)
-        if not self._is_few(fullest, self._queues[fullest].rows):
-            return fullest
-        missing = {layer: self._missing(layer) for layer in self._queues}
-        ready = (n for n, queue in self._queues.items() if now >= queue.until or not missing[n])
+        full = [layer for layer, queue in self._queues.items() if queue.rows >= self._costs[layer].few]
+        if full:
+            return max(full, key=lambda layer: self._queues[layer].rows)
+        missing = set[int]()
+        for layer, queue in self._queues.items():
+            homes = () if now >= queue.until else self._missing(layer)
+            if not homes:
+                return layer
+            missing.update(homes)
         # Where each waits for one that waits here as well, in a circle, nobody comes before something is computed.
         here = set[int]().union(*(queue.homes for queue in self._queues.values()))
-        return next(ready, first if all(homes <= here for homes in missing.values()) else None)
+        return first if missing <= here else None
 
     def take(self, layer: int, left: Mapping[int, int], now: int) -> None:
         """A layer is computed; `left`: rows by home that the call had no room for. Who did not come is not expected."""
+        self._holds_until = 0
         if now >= self._queues[layer].until:
             for home in self._missing(layer):
                 del self._expected[home]
@@ -105,12 +124,9 @@ class Waiting:
         Of two homes at different layers the nearer way round says which is behind. Were neither waited for, they
         would stay apart, and every layer be computed for each of them alone.
         """
-        place, layers = self._places[layer], len(self._places)
-
-        def is_behind(last: int) -> bool:
-            return 0 < (place - self._places[last]) % layers <= layers // 2
-
-        return {home for home, last in self._expected.items() if is_behind(last)} - self._queues[layer].homes
-
-    def _is_few(self, layer: int, rows: int) -> bool:
-        return rows < self._costs[layer].few
+        place, layers, here = self._places[layer], len(self._places), self._queues[layer].homes
+        return {
+            home
+            for home, last in self._expected.items()
+            if home not in here and 0 < (place - self._places[last]) % layers <= layers // 2
+        }

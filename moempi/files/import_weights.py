@@ -45,7 +45,7 @@ def import_checkpoint(folder: Path, out: Path, *, block: int = BLOCK) -> None:
     Args:
         folder: holds config.json and model.safetensors, or shards with model.safetensors.index.json.
         out: the weights file.
-        block: most bytes of a tensor in memory at a time.
+        block: most bytes of a piece of a tensor; two pieces are in memory at a time.
 
     Raises:
         DataError: a file is missing or not safetensors; a tensor is missing, unknown, of a wrong shape or dtype,

@@ -41,7 +41,7 @@ def init_weights(
         dtype: "float32" or "bfloat16" (drawn in float32, then rounded).
         gate_scale: factor on the standard deviation of the gates; larger makes routes clearer.
         std: standard deviation of all other numbers.
-        block: most bytes of a tensor in memory at a time.
+        block: most bytes of a piece of a tensor; two pieces are in memory at a time.
         alike: all experts of a layer get the numbers of the first one, which is many times as fast to write: for
             measurements of speed.
 

@@ -66,8 +66,8 @@ class _Walk:
 
     def _dataset(self, item: h5py.Dataset) -> None:
         self._once(item)
-        if is_variable(item.id.get_type()):
-            raise DataError(f"{self._path}: {item.name} has a variable-length type, which is refused")
+        if kind := why_refused(item.id.get_type()):
+            raise DataError(f"{self._path}: {item.name} has {kind}, which is refused")
         if item.external or item.is_virtual:
             raise DataError(f"{self._path}: {item.name} keeps its data in another file, which is refused")
         check_attributes(item, self._path)
@@ -114,14 +114,25 @@ def check_attributes(item: h5py.HLObject, path: Path) -> None:
     for index in range(h5py.h5a.get_num_attrs(item.id)):
         attribute = h5py.h5a.open(item.id, index=index)
         name = attribute.name.decode(errors="replace")
-        if is_variable(attribute.get_type()):
-            raise DataError(f"{path}: attribute {name} of {item.name} has a variable-length type")
+        if kind := why_refused(attribute.get_type()):
+            raise DataError(f"{path}: attribute {name} of {item.name} has {kind}")
         if attribute.get_storage_size() > LARGEST_ATTRIBUTE:
             raise DataError(f"{path}: attribute {name} of {item.name} takes more than {LARGEST_ATTRIBUTE} bytes")
 
 
-def is_variable(kind: h5py.h5t.TypeID) -> bool:
-    """Whether a type is another than a number or a text of fixed length; those are what may be read."""
+def is_refused(kind: h5py.h5t.TypeID) -> bool:
+    """Whether a type may not be read."""
+    return bool(why_refused(kind))
+
+
+def why_refused(kind: h5py.h5t.TypeID) -> str:
+    """What a type is that may not be read; empty for a number, or a text of fixed length in a known encoding."""
     if isinstance(kind, h5py.h5t.TypeStringID):
-        return bool(kind.is_variable_str())
-    return kind.get_class() not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM)
+        if kind.is_variable_str():
+            return "a variable-length type"
+        known = kind.get_cset() in (h5py.h5t.CSET_ASCII, h5py.h5t.CSET_UTF8)
+        return "" if known else "text in an unknown encoding"
+    if kind.get_class() in (h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM):
+        return ""
+    is_variable = kind.get_class() == h5py.h5t.VLEN
+    return "a variable-length type" if is_variable else "a type that is neither a number nor a text"

@@ -27,7 +27,7 @@ import numpy as np
 
 import moempi
 from moempi.errors import DataError
-from moempi.files.safe import check_safe, is_variable
+from moempi.files.safe import check_safe, is_refused
 from moempi.files.sink import Sink
 
 VERSIONS = {
@@ -222,10 +222,10 @@ def set_text_attribute(item: h5py.HLObject, name: str, text: str) -> None:
 
 
 def text_attribute(item: h5py.HLObject, name: str) -> str:
-    """The text of an attribute, or "" where there is none (or not of a fixed length)."""
+    """The text of an attribute, or "" where there is none (or none that may be read)."""
     if name.encode() not in [h5py.h5a.open(item.id, index=i).name for i in range(h5py.h5a.get_num_attrs(item.id))]:
         return ""
-    if is_variable(h5py.h5a.open(item.id, name.encode()).get_type()):
+    if is_refused(h5py.h5a.open(item.id, name.encode()).get_type()):
         return ""
     value = item.attrs[name]
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

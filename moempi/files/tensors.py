@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import h5py
@@ -17,7 +18,7 @@ import torch
 
 from moempi.files import schema
 
-# Most bytes of a tensor that are in memory at a time, where a single row is not larger.
+# Most bytes of a tensor in a piece, where a single row is not larger; two pieces are in memory at a time.
 BLOCK = 16 * 2**20
 
 FILE_TYPES: dict[torch.dtype, h5py.h5t.TypeID] = {
@@ -56,17 +57,23 @@ def filling(group: h5py.Group, name: str, shape: Shape, dtype: torch.dtype, long
     """Create a contiguous dataset and fill it with the `put(start, tensor)` that this yields.
 
     The blocks must come in the order of the dataset's bytes and cover it: their running SHA-256 becomes the
-    attribute `sha256`. A tensor may lack leading dimensions, which then count 1.
+    attribute `sha256`. It is made beside the writing: a tensor must stay as it is until the next `put` has returned, or
+    all have ended; its memory is not for the next one. A tensor may lack leading dimensions, which then count 1.
     """
     dataset = _create(group, name, shape, dtype)
     digest = hashlib.sha256()
+    with ThreadPoolExecutor(1) as beside:
+        hashed: Future[None] = beside.submit(lambda: None)
 
-    def put(start: Shape, tensor: torch.Tensor) -> None:
-        values = _bits(tensor)
-        _write_box(dataset, start, values, dtype)
-        digest.update(values.data)
+        def put(start: Shape, tensor: torch.Tensor) -> None:
+            nonlocal hashed
+            hashed.result()
+            values = _bits(tensor)
+            hashed = beside.submit(digest.update, values.data)
+            _write_box(dataset, start, values, dtype)
 
-    yield put
+        yield put
+        hashed.result()
     schema.set_text_attribute(dataset, "sha256", digest.hexdigest())
     schema.set_text_attribute(dataset, "long_name", long_name)
 

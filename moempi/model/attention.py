@@ -6,9 +6,9 @@ Every new position goes through the pages of its sequence in order, counted from
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,13 @@ class Span(NamedTuple):
     begin: int
     end: int
     pages: Sequence[int]
+
+
+class Planner(NamedTuple):
+    """A device's plans of attention; the two belong together."""
+
+    make: Callable[[Sequence[Span], int], Any]  # of a step's spans, and query heads per key-value head
+    go_on: Callable[[Any, int], Any]  # of the next step of the same sequences, and how many they are; or None
 
 
 @dataclass(frozen=True)
@@ -59,3 +66,23 @@ def plan_attention(spans: Sequence[Span], group: int) -> AttentionPlan:
         lines=torch.from_numpy(lines),
         pages=torch.from_numpy(pages),
     )
+
+
+def next_plan(plan: AttentionPlan, n: int) -> AttentionPlan | None:
+    """The plan for the next position of each of n sequences, out of that for one position each; n does not matter here.
+
+    None where a position lies on a page that the plan does not know.
+    """
+    positions = plan.positions + 1
+    blocks = positions // PAGE
+    if int(blocks.max()) >= plan.pages.shape[1]:
+        return None
+    return replace(
+        plan,
+        positions=positions,
+        write_pages=plan.pages[plan.lines, blocks],
+        write_offsets=positions - PAGE * blocks,
+    )
+
+
+ON_CPU = Planner(plan_attention, next_plan)

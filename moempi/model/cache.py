@@ -6,7 +6,6 @@ Keys are stored transposed, so that a page is the right-hand side of a product a
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from moempi.errors import FitError
 from moempi.model.config import PAGE, padded_head
@@ -62,9 +61,3 @@ class KVCache:
     def give_back(self, pages: list[int]) -> None:
         """Return a sequence's pages; what they hold is overwritten by their next owner before it is read."""
         self._free.extend(pages)
-
-    def write(self, layer: int, pages: Tensor, offsets: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Store keys and values [T, kv_heads, head_dim] of T positions, each at (page, offset) [T]."""
-        width = keys.shape[-1]
-        self.keys[layer][pages, :, :width, offsets] = keys.to(self.keys.dtype)
-        self.values[layer][pages, :, offsets, :width] = values.to(self.values.dtype)

@@ -1,4 +1,4 @@
-"""Operations on rows whose bits depend on the row alone: normalisation, rotary embedding, activation.
+"""Operations on rows whose bits depend on the row alone: normalisation, activation; and the tables of rotary embedding.
 
 All compute in float32. `F.silu` and `torch.sigmoid` are not used: their vector body and scalar tail differ
 in the last bit, so a row's value would depend on how many rows travel with it.
@@ -39,15 +39,6 @@ class Rotary:
     ):
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         angles = torch.outer(torch.arange(positions).float(), 1.0 / theta**exponents)
-        self.cos = place(torch.cat([angles.cos(), angles.cos()], dim=-1))  # [positions, head_dim]
+        # [positions, head_dim]; a head is turned as x * cos + (x, its halves swapped) * sin
+        self.cos = place(torch.cat([angles.cos(), angles.cos()], dim=-1))
         self.sin = place(torch.cat([-angles.sin(), angles.sin()], dim=-1))
-
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [T, 1, head_dim] of positions [T]."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [T, heads, head_dim] float32, turned by tables from `Rotary.at`."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([high, low], dim=-1) * sin

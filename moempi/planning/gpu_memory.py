@@ -19,6 +19,7 @@ STEADY = 512  # sequences, up to which a step of one token each is launched as g
 ROUND = 16  # to a multiple of which their number is padded
 GRAPH_SHAPES = 12  # of a microbatch whose graphs are kept
 CALL_ROWS = 65536  # most rows of an expert call, and of a message: they are computed whole
+ROUND_ROWS = 256  # to a multiple of which the rows of a recorded expert call are filled up, with such as nobody reads
 _FLOAT32 = 4
 
 
@@ -32,14 +33,18 @@ def step_bytes(
     microbatches: int,
     arrival_budget: int,
 ) -> int:
-    """Most that activations take: two rows per token of every microbatch, one stage of one, an expert call, logits.
+    """Most that activations take: three rows per token of every microbatch, one stage of one, an expert call, logits.
+
+    The three are what goes into a layer, the same with attention added, and that normalised for the experts.
 
     Nothing is sliced on a GPU: a stage has all tokens of a microbatch.
     """
     d, t = config.d_model, max_step_tokens
-    resident = microbatches * t * 2 * d * dtype_bytes
+    resident = microbatches * t * 3 * d * dtype_bytes
     logits = min(capacity, t) * config.vocab * (dtype_bytes + _FLOAT32)
-    call = _call_bytes(config, dtype_bytes, n_ranks * microbatches, t, arrival_budget + resident * config.top_k)
+    rows = call_rows(config, dtype_bytes, n_ranks, microbatches, t, arrival_budget)
+    # What comes out of both products of an expert, and two places of every row, in a table twice as large as need be.
+    call = rows * (3 * config.expert_hidden * dtype_bytes + 2 * 2 * 8)
     stage = _stage_bytes(config, dtype_bytes)
     # Steps of one token of each sequence have memory of their own, and their graphs a stage of theirs.
     steady = microbatches * steady_rows(capacity) * (3 * d * dtype_bytes + stage + _routes(config))
@@ -71,12 +76,21 @@ def _routes(config: ModelConfig) -> int:
     return GRAPH_SHAPES * len(config.moe_layers) * config.top_k * 3 * _FLOAT32
 
 
-def _call_bytes(config: ModelConfig, dtype_bytes: int, n_microbatches: int, tokens: int, room: int) -> int:
-    """What lies between the two products of an expert call: all rows there can be, or those that there is room for."""
+def call_rows(
+    config: ModelConfig, dtype_bytes: int, n_ranks: int, microbatches: int, max_step_tokens: int, arrival_budget: int
+) -> int:
+    """Rows that there is memory for between the products of an expert call: all there can be, or those that have room.
+
+    Args:
+        dtype_bytes: of the rows.
+        microbatches: of a rank.
+        arrival_budget: bytes of rows and answers.
+    """
     if not config.moe_layers:
         return 0
-    rows = min(CALL_ROWS, n_microbatches * tokens * config.top_k, room // (2 * config.d_model * dtype_bytes))
-    return 3 * config.expert_hidden * rows * dtype_bytes
+    sent = microbatches * max_step_tokens * config.top_k
+    here = arrival_budget // (2 * config.d_model * dtype_bytes) + sent
+    return min(CALL_ROWS, n_ranks * sent, here) + ROUND_ROWS
 
 
 def _tables(config: ModelConfig) -> int:

@@ -9,26 +9,28 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from heads import store, turn
 from torch import Tensor
 
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU here", allow_module_level=True)
 
-from moempi.device import cuda_rows
-from moempi.device.cuda import Cuda
-from moempi.device.cuda_attention import attend
+from moempi.device import cuda_experts, cuda_rows
+from moempi.device.cuda import Cuda, row_is_independent
+from moempi.device.cuda_attention import attend, tiles_agree
 from moempi.device.cuda_clock import Clock
-from moempi.device.cuda_experts import Batch, Scratch, Stack
+from moempi.device.cuda_experts import Batch, Scratch, Stack, parts_of
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
-from moempi.device.cuda_products import TILES, product
+from moempi.device.cuda_products import product
 from moempi.device.cuda_source import WORDS
 from moempi.device.cuda_transfer import all_to_device, words_of
-from moempi.device.tile_plan import TilePlan, plan_tiles
+from moempi.device.product_tiles import TILES
+from moempi.device.tile_plan import TILE, WIDE_TILE, TilePlan, plan_tiles
 from moempi.model import gate
 from moempi.model.attention import Span
 from moempi.model.cache import KVCache, pages_for
-from moempi.model.ops import Rotary, rotate
+from moempi.model.ops import Rotary
 from moempi.planning.gpu_memory import GRAPH_SHAPES
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -55,7 +57,9 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 3, 20), (33, 64), (4, 128), (130, 7168), (2, 5, 129)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (3, 7), (5, 3, 20), (33, 64), (4, 128), (130, 7168), (2, 5, 129), (6, 300), (7, 264)]
+)
 def test_rms_norm(random: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, weight = draw(random, *shape, dtype=dtype), draw(random, *shape[1:])
     wide = x.double()
@@ -217,6 +221,7 @@ def test_a_score_that_is_no_number_shows(bad: float) -> None:
 @pytest.mark.parametrize("outputs,inputs", [(1, 1), (5, 7), (33, 65), (128, 64), (768, 2048), (300, 1000)])
 def test_exact_products(random: torch.Generator, outputs: int, inputs: int, dtype: torch.dtype) -> None:
     """The values of a product, and of every row the same bits for any number of rows, place and tile."""
+    assert row_is_independent((outputs, inputs, dtype), torch.device("cuda"))
     weight, row = draw(random, outputs, inputs, dtype=dtype), draw(random, 1, inputs, dtype=dtype)
     alone = product(row, weight)[0]
     assert error(alone, row[0].double() @ weight.double().T) < CLOSE[dtype]
@@ -231,7 +236,7 @@ def test_exact_products(random: torch.Generator, outputs: int, inputs: int, dtyp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n,d", [(1, 1), (3, 37), (65, 256), (7, 7168)])
+@pytest.mark.parametrize("n,d", [(1, 1), (3, 37), (65, 256), (7, 7168), (5, 300), (9, 264)])
 def test_sum_and_norm_have_the_bits_of_each(random: torch.Generator, n: int, d: int, dtype: torch.dtype) -> None:
     residual, rows, weight = (draw(random, *shape, dtype=t) for shape, t in
                               (((n, d), dtype), ((n, d), dtype), ((d,), torch.float32)))  # fmt: skip
@@ -242,7 +247,7 @@ def test_sum_and_norm_have_the_bits_of_each(random: torch.Generator, n: int, d: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 9])
+@pytest.mark.parametrize("n", [1, 9, 45])
 @pytest.mark.parametrize("heads,kv,dim", [(4, 4, 32), (8, 2, 20), (3, 1, 16), (6, 3, 10), (32, 4, 128)])
 def test_heads_are_turned_and_written(
     random: torch.Generator, heads: int, kv: int, dim: int, n: int, dtype: torch.dtype
@@ -254,8 +259,8 @@ def test_heads_are_turned_and_written(
     caches = [KVCache(2, kv, dim, 3 * 64, dtype, torch.device("cuda")) for _ in range(2)]
     both, values = rows.view(n, -1, dim).split([heads + kv, kv], dim=1)
     normed = cuda_rows.rms_norm(both, norm, 1e-6)
-    expected, keys = rotate(normed, *rotary.at(plan.positions)).split([heads, kv], dim=1)
-    caches[0].write(1, plan.write_pages, plan.write_offsets, keys, values)
+    expected, keys = turn(normed, rotary, plan.positions).split([heads, kv], dim=1)
+    store(caches[0], 1, plan, keys, values)
     tables = rotary.cos, rotary.sin
     found = cuda_rows.turn_heads(rows, norm, 1e-6, tables, plan, caches[1].keys[1], caches[1].values[1])
     assert torch.equal(found, expected)
@@ -300,6 +305,33 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
                 assert memory[total + i].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d,hidden", [(64, 96), (37, 9)])
+def test_experts_have_the_same_bits_by_every_tile(
+    random: torch.Generator, monkeypatch: pytest.MonkeyPatch, d: int, hidden: int, dtype: torch.dtype
+) -> None:
+    """More rows than a recorded call has, of two homes, with an empty slot and a full one: those of one part alone."""
+    counts = [(300, 0, 1), (130, 0, 257)]
+    gate_up, down = draw(random, 3, 2 * hidden, d, dtype=dtype), draw(random, 3, d, hidden, dtype=dtype)
+    n = [sum(each) for each in counts]
+    memory = draw(random, 2 * sum(n), d, dtype=dtype)
+    flat, answers = memory.view(-1), memory[sum(n) :]
+    begins = 0, n[0]
+    batches = [
+        Batch(Rows(flat, begin * d, rows, d), Rows(flat, (sum(n) + begin) * d, rows, d), of_slots)
+        for begin, rows, of_slots in zip(begins, n, counts, strict=True)
+    ]
+    stack = Stack(gate_up, down, exact=True, scratch=Scratch())
+    for part in parts_of(batches):
+        stack._fixed(part)
+    expected = answers.clone()
+    for tile in TILES[dtype]:
+        monkeypatch.setattr(cuda_experts, "tile_for", lambda *_, tile=tile: tile)
+        answers.fill_(torch.nan)
+        stack(batches, flat)
+        assert torch.equal(answers, expected), tile
+
+
 def test_graphs_do_again_what_they_recorded(random: torch.Generator) -> None:
     """More shapes than are kept, in turns: every result is that of work done there and then.
 
@@ -320,8 +352,8 @@ def test_graphs_do_again_what_they_recorded(random: torch.Generator) -> None:
 LENGTHS = [1, 5, 63, 64, 65, 130, 200]
 
 
-def attention(data: list, dtype: torch.dtype, chunk: Callable[[], int]) -> list[Tensor]:
-    """Attention of all sequences, each taken through in chunks, all together."""
+def attention(data: list, dtype: torch.dtype, chunk: Callable[[], int], tile: int) -> list[Tensor]:
+    """Attention of all sequences, each taken through in chunks, all together, by tiles of so many rows."""
     heads, (kv, dim) = data[0][0].shape[1], data[0][1].shape[1:]
     cache = KVCache(1, kv, dim, 64 * sum(map(pages_for, LENGTHS)), dtype, torch.device("cuda"))
     cache.keys.fill_(1e4)  # what an earlier owner of the pages has left
@@ -333,8 +365,8 @@ def attention(data: list, dtype: torch.dtype, chunk: Callable[[], int]) -> list[
         spans = [Span(done[i], done[i] + n, pages[i]) for i, n in taking]
         taken = [tuple(x[s.begin : s.end] for x in data[i]) for (i, _), s in zip(taking, spans, strict=True)]
         queries, keys, values = (torch.cat(parts) for parts in zip(*taken, strict=True))
-        plan = on_gpu(plan_tiles(spans, heads // kv))
-        cache.write(0, plan.write_pages, plan.write_offsets, keys, values)
+        plan = on_gpu(plan_tiles(spans, heads // kv, tile))
+        store(cache, 0, plan, keys, values)
         found = attend(queries, cache.keys[0], cache.values[0], plan).split([n for _, n in taking])
         for (i, n), part in zip(taking, found, strict=True):
             outputs[i].append(part)
@@ -345,18 +377,25 @@ def attention(data: list, dtype: torch.dtype, chunk: Callable[[], int]) -> list[
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("heads,kv,dim", [(4, 4, 32), (8, 2, 20), (3, 1, 16), (6, 3, 10), (32, 4, 128)])
 def test_attention(random: torch.Generator, heads: int, kv: int, dim: int, dtype: torch.dtype) -> None:
-    """Attention's values, and the same bits whole, in chunks, and a token at a time."""
+    """Attention's values, and the same bits whole, in chunks, and a token at a time, whatever the tile."""
     data = [tuple(draw(random, n, h, dim) for h in (heads, kv, kv)) for n in LENGTHS]
     rng = python_random.Random(7)
-    whole = attention(data, dtype, lambda: 1000)
-    for most in (1, 3, 16, 70):
-        found = attention(data, dtype, lambda most=most: rng.randint(1, most))
-        assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True)), most
+    wide = WIDE_TILE if dtype == torch.bfloat16 else TILE
+    whole = attention(data, dtype, lambda: 1000, wide)
+    for most, tile in ((1, TILE), (3, TILE), (16, wide), (70, TILE), (70, wide)):
+        found = attention(data, dtype, lambda most=most: rng.randint(1, most), tile)
+        assert all(torch.equal(a, b) for a, b in zip(whole, found, strict=True)), (most, tile)
     for (q, k, v), mine in zip(data, whole, strict=True):
         k, v = (x.to(dtype).repeat_interleave(heads // kv, dim=1) for x in (k, v))
         q, k, v = (x.transpose(0, 1).double() for x in (q, k, v))
         expected = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).reshape(len(mine), -1)
         assert error(mine, expected) < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("heads,kv,dim", [(4, 4, 32), (8, 2, 20), (32, 4, 128)])
+def test_attentions_tiles_agree(heads: int, kv: int, dim: int) -> None:
+    """In bfloat16; float32 takes small ones only."""
+    assert tiles_agree(heads, kv, dim, torch.bfloat16, torch.device("cuda"))
 
 
 def test_the_device_tests_itself() -> None:

@@ -77,8 +77,8 @@ ALL_AT_ONCE = ("--set", "run.capacity=40")
 
 
 def prepare(folder: Path) -> Path:
-    """Prompts and a job file of a second or two of work."""
-    return write_job(folder, commit_every=str(COMMIT_EVERY), longest="90")
+    """Prompts and a job file of two or three seconds of work."""
+    return write_job(folder, commit_every=str(COMMIT_EVERY), longest="180")
 
 
 def trial(kill: Kill, folder: Path, undisturbed: Tokens) -> dict[str, Any]:

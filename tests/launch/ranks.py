@@ -59,30 +59,37 @@ class Running:
     def err(self) -> str:
         return b"".join(self._texts[1]).decode(errors="replace")
 
-    def wait_for(self, pattern: str, times: int = 1, timeout: float = 60) -> list[str]:
+    def wait_for(self, pattern: str, times: int = 1, timeout: float = 240) -> list[str]:
         """Wait until standard output holds so many matches of `pattern`, and return them; fails when they don't come.
 
         Ranks write at the same time, so lines may run into each other.
         """
         end = time.monotonic() + timeout
+        ended = False
         while len(found := re.findall(pattern, self.out)) < times:
             assert time.monotonic() < end, f"{pattern!r} came {len(found)} times:\n{self.out}\n{self.err}"
-            assert self.process.poll() is None, f"ended:\n{self.out}\n{self.err}"
+            assert not ended, f"ended:\n{self.out}\n{self.err}"
             time.sleep(0.02)
+            if self.process.poll() is not None:
+                ended = True
+                self._join()  # what it wrote last is looked at
         return found
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout: float = 60) -> Ended:
+    def wait(self, timeout: float = 240) -> Ended:
         """Wait for the end; a program that goes on for longer is a failure, not a hang."""
         try:
             code = self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s:\n{self.out}\n{self.err}") from None
+        self._join()
+        return Ended(code, self.out, self.err, time.monotonic() - self.begin)
+
+    def _join(self) -> None:
         for reader in self._readers:
             reader.join(5)
-        return Ended(code, self.out, self.err, time.monotonic() - self.begin)
 
     def __enter__(self) -> Running:
         return self
@@ -108,7 +115,7 @@ def program(name: str, *arguments: str) -> list[str]:
     return [sys.executable, str(PROGRAMS / f"{name}.py"), *arguments]
 
 
-def run(command: list[str], env: dict[str, str] | None = None, timeout: float = 60) -> Ended:
+def run(command: list[str], env: dict[str, str] | None = None, timeout: float = 240) -> Ended:
     """Run a program to its end."""
     with Running(command, env) as running:
         return running.wait(timeout)

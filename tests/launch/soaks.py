@@ -15,6 +15,7 @@ from moempi.files.inputs import Prompts, write_inputs
 HELD = ("memory", "files", "requests")  # resident bytes, open files, fewest pending requests of a while
 LIMIT = 0.01  # growth per 1000 sequences
 WARM_UP = 0.4  # share of the sequences that is not looked at
+FEW = 2  # requests, which are pending so often that the fewest of a while are none or these, as it happens
 
 SMALL = {
     "model_type": "qwen3_moe",
@@ -86,8 +87,11 @@ def growth(sequences: Sequence[float], held: Sequence[float]) -> float:
 
 
 def growth_of_fewest(sequences: Sequence[float], held: Sequence[float]) -> float:
-    """The same of a small count that comes and goes: the fewest after half of the warm part, against those before."""
-    x, y = np.asarray(sequences, dtype=float) / 1000, np.asarray(held, dtype=float)
+    """The same of a small count that comes and goes: the fewest after half of the warm part, against those before.
+
+    Up to `FEW` count as none.
+    """
+    x, y = np.asarray(sequences, dtype=float) / 1000, np.maximum(0, np.asarray(held, dtype=float) - FEW)
     half = (WARM_UP + 1) / 2 * x.max()
     before, after = y[(x >= WARM_UP * x.max()) & (x < half)].min(), y[x >= half].min()
     return float((after - before) / max(1.0, before) / (half - WARM_UP * x.max()))

@@ -31,6 +31,6 @@ def test_after_a_kill_nothing_is_lost_or_twice_and_the_resume_completes(
     print(f"seed {SEED} (MOEMPI_TEST_SEED)")
     assert len(undisturbed) == SEQUENCES
     # After some commits, in the middle of the work.
-    kill = replace(draw(1, SEED, 1, 0.0), whom=whom, rank=0, after=count_tokens(undisturbed) // 3)
+    kill = replace(draw(1, SEED, 1, 0.0), whom=whom, rank=0, after=count_tokens(undisturbed) // 4)
     found = trial(kill, tmp_path, undisturbed)
     assert found["state"] == "some" and found["exit_code"] != 0, found

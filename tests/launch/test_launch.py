@@ -165,6 +165,15 @@ def test_a_terminal_that_closes_means_nothing_under_nohup(tmp_path: Path) -> Non
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_signal_that_gets_lost_while_ranks_start_is_sent_again(tmp_path: Path) -> None:
+    mpirun, drain = executable(tmp_path / "mpirun"), mpi.Drain()
+    Path(mpirun).write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit\n'
+        "trap 'asked=x$asked; [ $asked != xx ] || exit 75' USR1\nkill -TERM $PPID\nwhile :; do sleep 0.05; done\n"
+    )
+    assert launch.launch(["true"], 2, 30.0, mpirun, drain) == 75
+
+
 def test_the_last_signal_is_known_afterwards(tmp_path: Path) -> None:
     mpirun = executable(tmp_path / "mpirun")
     Path(mpirun).write_text('#!/bin/sh\n[ "$1" = --version ] || { kill -USR1 $PPID; kill -TERM $PPID; sleep 0.2; }\n')

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,8 @@ def stop(job: Path, ranks: int, how: str, *options: str) -> None:
         else:
             victims = [*session_members(mpirun_of(running)), running.process.pid]
             for pid in victims:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             running.wait()
             wait_until(lambda: not alive(victims), "the end of all", 20)
             time.sleep(0.1)

@@ -9,7 +9,7 @@ import pytest
 from soaks import HELD, LIMIT, growth, growth_of_fewest, growths, soak, write_job
 
 RANKS = 3
-SEQUENCES = 3000
+SEQUENCES = 9000  # some seconds: fewer notes than a dozen of each rank say little
 
 
 def test_growth_by_hand() -> None:
@@ -18,10 +18,11 @@ def test_growth_by_hand() -> None:
     assert growth(sequences, flat) == pytest.approx(0)
     # 100 at 2000 sequences, where the warm-up ends, 5 more with every thousand.
     assert growth(sequences, 90 + sequences / 200) == pytest.approx(0.05)
-    # A request that stays with every thousand sequences, among up to six that come and go.
+    # Two requests that stay with every thousand sequences, among up to six that come and go: 4 and 6 are the fewest.
     pending = np.arange(len(sequences)) % 7
     assert growth_of_fewest(sequences, pending) == 0
-    assert growth_of_fewest(sequences, pending + sequences // 1000) == pytest.approx(1 / 2 / 1.5)
+    assert growth_of_fewest(sequences, np.where(sequences < 3500, pending, 2)) == 0
+    assert growth_of_fewest(sequences, pending + sequences // 1000 * 2) == pytest.approx(2 / 2 / 1.5)
 
 
 def test_memory_open_files_and_requests_stay_as_they_are(tmp_path: Path) -> None:

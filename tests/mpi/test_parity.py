@@ -39,7 +39,7 @@ from moempi.files.make_inputs import make_inputs
 from moempi.files.outputs import read_outputs
 from moempi.files.weights import open_weights
 from moempi.job import Job, job_from_table
-from moempi.layer import Forward
+from moempi.layer import CpuForward
 from moempi.model.config import ModelConfig
 from moempi.model.gate import Route
 from moempi.model.network import Layer
@@ -69,7 +69,7 @@ LAYOUTS: tuple[dict[str, dict[str, Any]], ...] = (
 
 
 @dataclass(frozen=True)
-class Watched(Forward):
+class Watched(CpuForward):
     """Keeps the logits of every row of every step."""
 
     kept: Kept = field(default_factory=dict)
@@ -104,7 +104,7 @@ def run_watched(comm: MPI.Intracomm, job: Job, kind: type[Watched], **more: Any)
 
     def build(*args: Any, **options: Any) -> Rank:
         rank = build_rank(*args, **options)
-        held = {each.name: getattr(rank.forward, each.name) for each in fields(Forward)}
+        held = {each.name: getattr(rank.forward, each.name) for each in fields(CpuForward)}
         watched.append(kind(**held, **more))
         return replace(rank, forward=watched[0])
 

@@ -81,7 +81,7 @@ def install() -> None:
         return
     # Nobody may start daemons behind our back: where there is an init system, this keeps them off.
     environ = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "RUNLEVEL": "1"}
-    quiet = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120"]
+    quiet = ["apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=3"]
     for words in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
         done = subprocess.run([*quiet, *words], env=environ, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"apt-get {words[0]}: {done.stdout[-2000:]}\n{done.stderr[-2000:]}"

@@ -41,7 +41,7 @@ def mpich(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library of an MPICH from PyPI, in a folder of its own: beside Open MPI it would take its mpirun's place."""
     folder = tmp_path_factory.mktemp("mpich")
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--prefix", str(folder), "mpich>=4.2,<6"]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(install, capture_output=True, text=True, timeout=300)
     if done.returncode:
         do_without(f"MPICH cannot be installed: {done.stderr[-300:]}")
     # libmpi.so itself is a text in which pip has lost the link.

@@ -68,7 +68,7 @@ def test_a_cancelled_job_has_committed_and_does_not_come_back(
     cluster: Cluster, tmp_path: Path, long_undisturbed: Tokens
 ) -> None:
     # `moempi cancel` takes its time to start: there has to be enough to do.
-    job, output = write_job(tmp_path, 400), tmp_path / "out.h5"
+    job, output = write_job(tmp_path, 900), tmp_path / "out.h5"
     told = submit(cluster, job)
     waiting = submit(cluster, job, "--resume", "--after", told["id"])
     assert moempi(cluster, "cancel", waiting["id"]) == f"job {waiting['id']}: cancelled\n"
@@ -130,14 +130,26 @@ def elapsed(cluster: Cluster, job_id: str) -> int:
     return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
+def stopped_before_it_begins(cluster: Cluster, job: Path) -> dict:
+    """Submit a job, and tell it to stop until it listens, when no rank has begun yet.
+
+    The shell and Python ignore the signal until moempi listens. It ends a shell that has just begun, and with it the
+    job: then once more.
+    """
+    for _ in range(5):
+        told = submit(cluster, job)
+        state = cluster.wait(told["id"], "RUNNING")["JobState"]
+        while state == "RUNNING" and "stop" not in text_of(Path(told["log"])):
+            cluster.command("scancel", "--signal=USR1", "--batch", told["id"], check=False)
+            state = cluster.wait(told["id"], "RUNNING", "FAILED")["JobState"]
+        if state == "RUNNING" or "stop" in text_of(Path(told["log"])):
+            return told
+    raise AssertionError("the shell was always quicker to end than to ignore the signal")
+
+
 def test_a_turn_without_progress_is_the_last(cluster: Cluster, tmp_path: Path) -> None:
-    told = submit(cluster, write_job(tmp_path, LONG))
+    told = stopped_before_it_begins(cluster, write_job(tmp_path, LONG))
     log = Path(told["log"])
-    cluster.wait(told["id"], "RUNNING")
-    # The shell and Python ignore the signal until moempi listens; then the ranks have not begun yet.
-    while "stop" not in text_of(log):
-        cluster.command("scancel", "--signal=USR1", "--batch", told["id"], check=False)
-        cluster.wait(told["id"], "RUNNING", "FAILED")
     ended = cluster.wait(told["id"])
     assert "not requeued: no sequence and no token was committed in this turn" in text_of(log)
     assert ended["ExitCode"] == "75:0" and ended["Restarts"] == "0"

@@ -8,30 +8,23 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from heads import store, turn
 
 from moempi.device import cpu_rows
 from moempi.errors import FitError
-from moempi.model.attention import AttentionPlan, Span, plan_attention
+from moempi.model.attention import Span, plan_attention
 from moempi.model.cache import KVCache, pages_for
-from moempi.model.ops import Rotary, rms_norm, rotate
+from moempi.model.ops import Rotary, rms_norm
 
 LENGTHS = [1, 5, 63, 64, 65, 130, 200]
 # heads, key-value heads, head_dim; so many heads as share keys are blocks of 6, 4, 2 and 1
 HEADS = [(4, 4, 32), (8, 2, 20), (3, 1, 16), (6, 3, 10), (2, 1, 110), (8, 1, 20), (7, 1, 16), (12, 1, 48)]
-#, key-value heads, head_dim
 
 
 def draw(heads: int, kv: int, dim: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Queries, keys and values of every sequence."""
     generator = torch.Generator().manual_seed(dim)
     return [tuple(torch.randn(n, h, dim, generator=generator) for h in (heads, kv, kv)) for n in LENGTHS]  # type: ignore[misc]
-
-
-def write(cache: KVCache, plan: AttentionPlan, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Keys and values [T, kv_heads, head_dim] as they are, without norm and rotation."""
-    dim = keys.shape[-1]
-    cache.keys[0][plan.write_pages, :, :dim, plan.write_offsets] = keys.to(cache.keys.dtype)
-    cache.values[0][plan.write_pages, :, plan.write_offsets, :dim] = values.to(cache.values.dtype)
 
 
 def attend(data: list, dtype: torch.dtype, chunk: Callable[[], int], slice_rows: int | None = None) -> list:
@@ -48,7 +41,7 @@ def attend(data: list, dtype: torch.dtype, chunk: Callable[[], int], slice_rows:
         taken = [tuple(x[s.begin : s.end] for x in data[i]) for (i, _), s in zip(taking, spans, strict=True)]
         queries, keys, values = (torch.cat(parts) for parts in zip(*taken, strict=True))
         plan = plan_attention(spans, heads // kv)
-        write(cache, plan, keys, values)
+        store(cache, 0, plan, keys, values)  # without norm and rotation
         n_rows = len(queries)
         step = slice_rows or n_rows
         queries, mixed = queries * dim**-0.5, torch.empty(n_rows, heads * dim, dtype=dtype)
@@ -101,7 +94,7 @@ def test_heads_are_normalised_rotated_and_stored(heads: int, kv: int, dim: int, 
     for lo, hi in ((0, 5), (5, n)):
         part = rows[lo:hi].reshape(hi - lo, -1)
         cpu_rows.turn_heads(part, norm, (rotary.cos, rotary.sin), plan, lo, cache, 0, queries, eps)
-    both = rotate(rms_norm(rows[:, : heads + kv], norm, eps), *rotary.at(plan.positions))
+    both = turn(rms_norm(rows[:, : heads + kv], norm, eps), rotary, plan.positions)
     stored = cache.keys[0][plan.write_pages, :, :dim, plan.write_offsets]
     assert torch.allclose(queries, both[:, :heads] * dim**-0.5, atol=1e-6)
     assert torch.allclose(stored.float(), both[:, heads:], atol=1e-6, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5)

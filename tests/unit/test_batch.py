@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
+from typing import Any
 
-from moempi.batch import Sequence, chunk_sizes, compose
+import pytest
+import torch
+
+from moempi.batch import Sequence, Step, chunk_sizes, compose, go_on
+from moempi.device.tile_plan import next_plan as next_plan_on_gpu
+from moempi.device.tile_plan import plan_step
 from moempi.errors import JobError
+from moempi.model.attention import next_plan, plan_attention
 from moempi.router.admission import first_deal, home_ranks, largest_first
 
 
@@ -37,6 +44,35 @@ def test_only_whole_prefills_choose_a_token() -> None:
     assert step.plan.write_pages.tolist() == [3, 3, 3, 0]
     half.cached = 3
     assert compose(0, 2, [half], budget=4, group=1).choosing == (half,)
+
+
+def same(found: Step, expected: Step) -> bool:
+    """Of two steps, with their plans."""
+    tensors = [(vars(one), vars(one.plan)) for one in (found, expected)]
+    pairs = [(a[name], b[name]) for a, b in zip(*tensors, strict=True) for name in b if name not in ("plan", "key")]
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+@pytest.mark.parametrize("plan,then", [(plan_attention, next_plan), (partial(plan_step, spare=99), next_plan_on_gpu)])
+def test_a_step_goes_on_with_the_last_one(plan: Any, then: Any) -> None:
+    """As long as its sequences are the same, of which each had one token, and known pages are enough."""
+    made = [Sequence(i, [1] * n, n, 200, pages=[i, 10 + i, 20 + i], cached=n - 1) for i, n in enumerate((3, 60, 9))]
+    last, went_on = compose(0, 1, made, 512, 2, plan), []
+    for number in range(2, 80):
+        for sequence in made:
+            sequence.cached += 1
+            sequence.tokens.append(number)
+        step = go_on(last, number, made, then)
+        expected = compose(0, number, made, 512, 2, plan)
+        went_on.append(step is not None)
+        assert step is None or (same(step, expected) and step.key == expected.key)
+        last = step or expected
+    anew = [number for number, one in enumerate(went_on, start=2) if not one]
+    assert anew == [6, 70], "where the longest comes to a new page"
+    assert go_on(last, 80, made[:2], then) is None
+    assert go_on(last, 80, [*made[:2], Sequence(7, [1], 1, 5, pages=[9])], then) is None
+    longer = Sequence(7, [1, 2, 3], 3, 5, pages=[9])
+    assert go_on(compose(0, 1, [longer], 512, 2, plan), 2, [longer], then) is None, "it had more than one token"
 
 
 def test_what_remains_of_a_sequence() -> None:

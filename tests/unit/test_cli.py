@@ -19,7 +19,8 @@ from moempi.cli import moempi
 from moempi.cli.complete import complete_option
 from moempi.cli.results import plural
 from moempi.cli.run import word_of_kill
-from moempi.job import choices_of, known_options
+from moempi.job import known_options
+from moempi.job_options import choices_of
 
 
 def commands(group: click.Group = moempi, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

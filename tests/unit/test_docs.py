@@ -24,7 +24,8 @@ from click.testing import CliRunner
 
 from moempi import errors
 from moempi.cli import moempi
-from moempi.job import describe_options, known_options, load_job
+from moempi.job import known_options, load_job
+from moempi.job_options import describe_options
 from moempi.job_schema import job_schema
 from moempi.planning.memory import show_bytes
 

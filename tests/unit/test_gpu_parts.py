@@ -17,7 +17,9 @@ from moempi.device import cuda_binding
 from moempi.device.arena import ALIGNMENT, Arena, aligned
 from moempi.device.cuda_binding import gpu_index, installed_cupys, refuse_allocators, why_not
 from moempi.device.cuda_graphs import Graphs
-from moempi.device.tile_plan import for_kernels, plan_step, plan_tiles
+from moempi.device.product_tiles import tile_for
+from moempi.device.telling import telling_cache
+from moempi.device.tile_plan import for_kernels, next_plan, plan_step, plan_tiles
 from moempi.errors import JobError
 from moempi.exchange import gpu_mpi
 from moempi.exchange.waiting import LONGEST, CallCost, Waiting
@@ -173,10 +175,33 @@ def test_a_steady_step_is_padded_to_few_shapes(lengths: list[int]) -> None:
     plan, alone, n = plan_step(spans, 4, spare=999), plan_tiles(spans, 4), len(lengths)
     assert plan.steady and len(plan.positions) % 16 == 0 and plan.pages.shape[1] == 8
     for name in ("positions", "write_pages", "write_offsets", "tiles", "row_positions"):
-        assert torch.equal(getattr(plan, name)[:n], getattr(alone, name)), name
+        found, wanted = getattr(plan, name)[:n], getattr(alone, name)
+        assert torch.equal(found, wanted) and found.dtype == wanted.dtype, name
     assert torch.equal(plan.pages[:n, : alone.pages.shape[1]], alone.pages)
     assert (plan.write_pages[n:] == 999).all() and (plan.pages[n:, 0] == 999).all()
     assert not plan_step([*spans, Span(5, 7, [0])], 4, spare=999).steady
+
+
+@pytest.mark.parametrize("group", [1, 8, 40])
+def test_the_next_plan_of_a_steady_step_is_as_any(group: int) -> None:
+    """Across the ends of pages; where the longest comes to a new one, there is none."""
+    ends = [1, 60, 63, 64, 127, 300, 129, 500, 2, 190, 64, 1, 1, 255, 80, 90, 100]
+    pages = [[20 * i + j for j in range(12)] for i in range(len(ends))]
+    plan, anew = None, []
+    for step in range(150):
+        spans = [Span(end + step - 1, end + step, of) for end, of in zip(ends, pages, strict=True)]
+        expected = plan_step(spans, group, spare=999)
+        plan = next_plan(plan, len(ends)) if plan is not None else None
+        if plan is None:
+            anew.append(step)
+            plan = expected
+        # Kernels read them by their address.
+        for name, wanted in {**expected.tensors(), "lines": expected.lines}.items():
+            found = getattr(plan, name)
+            assert torch.equal(found, wanted) and found.dtype == wanted.dtype and found.is_contiguous(), name
+        assert plan.steady and plan.group == group
+    assert anew == [0, 13, 77, 141], "513 positions do not fit eight pages"
+    assert next_plan(plan_tiles(spans, group), len(ends)) is None, "not steady"
 
 
 def test_what_recordings_read_lies_at_the_same_places_for_every_number_of_sequences_of_a_shape() -> None:
@@ -189,6 +214,29 @@ def test_what_recordings_read_lies_at_the_same_places_for_every_number_of_sequen
         return [(name, tensor.nbytes) for name, tensor in found.items()][:-2]
 
     assert all(sizes(n) == sizes(16) for n in range(1, 16)) and sizes(17) != sizes(16)
+
+
+@pytest.mark.parametrize(
+    "rows,outputs,weights,expected",
+    [
+        (1, 64, None, (64, 64)),  # nothing fills anything
+        (16, 5120, None, (64, 64)),  # 40 tiles of 128 outputs would leave the GPU idle
+        (512, 5120, None, (128, 128)),  # 160 of them
+        (8192, 7168, None, (128, 128)),  # rows side by side never take the widest
+        (8192, 7168, 1, (128, 256)),
+        (32, 2048, 32, (64, 128)),  # 512 tiles, none of them full
+        (65, 2048, 32, (128, 256)),
+        (64, 2048, 32, (64, 128)),  # half of 128 rows are not enough
+        (128, 7168, 1, (64, 64)),  # 112 tiles of 64 rows and 128 outputs
+    ],
+)
+def test_tiles_are_filled_and_enough(rows: int, outputs: int, weights: int | None, expected: tuple[int, int]) -> None:
+    assert tile_for(torch.bfloat16, rows, outputs, weights)[:2] == expected
+
+
+def test_tiles_of_float32() -> None:
+    assert tile_for(torch.float32, 32, 2048, 64)[:2] == (16, 64)
+    assert tile_for(torch.float32, 33, 2048, 64)[:2] == (64, 64)
 
 
 class FakeGraph:
@@ -353,6 +401,48 @@ def test_what_stands_in_the_way_waits_no_longer() -> None:
     assert waiting.choose(101) == 1
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_choice_is_kept_while_it_holds(seed: int) -> None:
+    """Kept or made anew, it waits as long; which of several that need not wait may differ, until one is late."""
+    rng, waiting, now, chosen = random.Random(seed), Waiting(COSTS), 0, set[int | None]()
+    for _ in range(400):
+        now += rng.choice([0, 1, SLOT, CALL, LONGEST // 8])
+        layer, home, rows = rng.randrange(LAYERS), rng.randrange(3), FEW if rng.random() < 0.02 else 1
+        match rng.randrange(8):
+            case 0 | 1 | 2:
+                waiting.add(layer, home, rows, slots=4, now=now)
+            case 3:
+                waiting.note(layer, home, rows)
+            case 4 | 5 | 6 if waiting:
+                waiting.take(rng.choice(list(waiting._queues)), {home: 3} if rng.random() < 0.2 else {}, now)
+            case 7 if rng.random() < 0.1:
+                waiting.hurry()
+        if waiting:
+            kept, anew = waiting.choose(now), waiting._choose(now)
+            first = next(iter(waiting._queues))
+            assert (kept is None) == (anew is None) and (kept is None or kept in waiting._queues)
+            assert kept == first or now - waiting._queues[first].came <= LONGEST
+            chosen.add(kept)
+    assert None in chosen and len(chosen) > LAYERS // 2
+
+
+def test_nobody_is_waited_for_longer_than_the_longest_wait() -> None:
+    waiting = Waiting(dict.fromkeys(range(2), CallCost(CALL, LONGEST, FEW)))
+    waiting.note(1, home=1, rows=1)  # who is expected for layer 0
+    waiting.add(0, home=0, rows=1, slots=4, now=0)
+    assert waiting.choose(LONGEST) is None and waiting.choose(LONGEST + 1) == 0
+
+
+def test_what_is_many_rows_for_its_layer_does_not_wait_whoever_has_more() -> None:
+    waiting = Waiting({0: CallCost(CALL, SLOT, 100), 1: CallCost(CALL, SLOT, 10)})
+    waiting.note(1, home=1, rows=1)  # who is expected for layer 0
+    waiting.note(0, home=2, rows=1)  # for layer 1
+    waiting.add(0, home=0, rows=50, slots=4, now=0)
+    assert waiting.choose(0) is None
+    waiting.add(1, home=0, rows=20, slots=4, now=1)
+    assert waiting.choose(1) == 1
+
+
 def test_many_rows_go_first_but_not_for_ever() -> None:
     waiting = Waiting(COSTS)
     waiting.add(0, home=0, rows=5, slots=4, now=0)
@@ -365,3 +455,21 @@ def test_many_rows_go_first_but_not_for_ever() -> None:
     waiting.take(0, {}, now=3)
     waiting.add(2, home=0, rows=5, slots=4, now=4)
     assert waiting.choose(4) == 2, "who sends many rows is not waited for"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_order_of_positions_shows_in_what_attention_is_tested_with(dtype: torch.dtype) -> None:
+    """In the dimensions that cancel; in bfloat16 in no others, since rounding hides it."""
+    keys, values = (x[0] for x in telling_cache(2, 4, 128, 64, dtype, torch.device("cpu")))  # of a page: by heads
+    query = torch.randn(4, 1, 128, generator=torch.Generator().manual_seed(3))
+    weights = ((query @ keys.float()).squeeze(1) / 128**0.5).softmax(-1).to(dtype).float()  # [4, 64]
+    sums = []
+    for order in (range(64), reversed(range(64))):
+        total = torch.zeros(4, 128)
+        for position in order:
+            total += weights[:, position, None] * values[:, position].float()
+        sums.append(total.to(dtype))
+    differ = (sums[0] != sums[1]).float().mean(0)
+    assert differ[::2].mean() > 0.05
+    assert dtype == torch.float32 or differ[1::2].mean() < 0.02
+    assert sums[0][:, ::2].abs().max() < 1e-5 < sums[0][:, 1::2].abs().mean()

@@ -24,7 +24,8 @@ from moempi.files.inputs import Prompts, read_inputs, write_inputs
 from moempi.files.output_parts import write_part
 from moempi.files.outputs import Origin, read_outputs
 from moempi.files.parts import make_folder, parts_folder
-from moempi.files.schema import parse_json
+from moempi.files.safe import check_attributes
+from moempi.files.schema import parse_json, set_text_attribute, text_attribute
 from moempi.job import load_job
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,21 @@ def test_what_a_file_claims_is_checked_before_it_is_read(inputs: Path, case: str
         change(file)
     with pytest.raises(DataError, match=said):
         read_inputs(inputs)
+
+
+def test_text_in_an_unknown_encoding_is_refused(tmp_path: Path) -> None:
+    """A byte of an attribute's type, which h5py has no name for."""
+    path = tmp_path / "any.h5"
+    with h5py.File(path, "w") as file:
+        set_text_attribute(file, "sha256", "z" * 61)
+    raw = path.read_bytes()
+    utf8 = bytes([0x13, 0x11, 0, 0, 61, 0, 0, 0])  # class and version, padding and encoding, length
+    assert raw.count(utf8) == 1
+    path.write_bytes(raw.replace(utf8, bytes([0x13, 0xC1, 0, 0, 61, 0, 0, 0])))
+    with h5py.File(path) as file:
+        assert text_attribute(file, "sha256") == ""
+        with pytest.raises(DataError, match="attribute sha256 of / has text in an unknown encoding"):
+            check_attributes(file, path)
 
 
 def test_zeros_that_were_packed_well_are_read(tmp_path: Path) -> None:

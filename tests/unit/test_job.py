@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from moempi.errors import JobError
-from moempi.job import Job, describe_options, job_from_table, known_options, load_job, parse_bytes
+from moempi.job import Job, job_from_table, known_options, load_job, parse_bytes
+from moempi.job_options import describe_options
 
 REQUIRED = {"model": {"weights": "w.h5"}, "input": {"file": "i.h5"}, "output": {"file": "o.h5"}}
 TEXT = 'model.weights = "w.h5"\ninput.file = "i.h5"\noutput.file = "o.h5"\n'

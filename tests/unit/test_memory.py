@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moempi.errors import FitError
@@ -196,6 +196,7 @@ def test_the_limit_names_the_fullest_rank_and_its_parts() -> None:
         memory.check_limit(plans, plans[1].total - 1)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(0, 40), st.sampled_from(["linear", "balanced", "random"]))
 def test_what_slots_within_allows_fits_the_limit(n_experts: int, n_ranks: int, room: int, strategy: str) -> None:
     config = replace(SMALL, n_experts=n_experts, top_k=1)
@@ -304,11 +305,11 @@ def test_activations_on_a_gpu_by_hand() -> None:
     steps = gpu_memory.step_bytes(
         SMALL, 2, n_ranks=1, capacity=3, max_step_tokens=10, microbatches=2, arrival_budget=10**9
     )
-    resident = 2 * 10 * 2 * 8 * 2
+    resident = 2 * 10 * 3 * 8 * 2
     # Attention is widest: projections 24 + 12 + 12 and mixed values 24 in bfloat16; queries 24 in float32.
     stage = 48 * 2 + 24 * 2 + 24 * 4 + 2 * 8 * 2
-    # All 2 x 10 x 2 rows in one call, three times 12 wide.
-    call = 3 * 12 * 40 * 2
+    # All 2 x 10 x 2 rows in one call, and 256 to round them up: three times 12 wide, and their places twice.
+    call = (40 + 256) * (3 * 12 * 2 + 32)
     logits = 3 * 50 * (2 + 4)
     tables = 2 * 64 * 6 * 4
     # Steady steps: 16 rows of each microbatch, three of its own, a stage, and the routes of 12 shapes and 2 layers:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from heads import turn
 
 from moempi.device.cpu import Cpu
 from moempi.errors import DataError, MoempiError
 from moempi.model.config import config_from_hf
 from moempi.model.expert import Expert, leaf_range, tree_sum
 from moempi.model.gate import choose_experts, greedy
-from moempi.model.ops import Rotary, rms_norm, rotate, swiglu
+from moempi.model.ops import Rotary, rms_norm, swiglu
 
 COUNTS = (1, 2, 3, 5, 8, 17, 64, 129)
 
@@ -55,10 +56,10 @@ def test_rotation_keeps_lengths_and_depends_on_distance_only() -> None:
     query, key = random(1, 1, 8), random(1, 1, 8, seed=1)
 
     def product(at: int, other: int) -> float:
-        turned = [rotate(v, *rotary.at(torch.tensor([p]))) for v, p in ((query, at), (key, other))]
+        turned = [turn(v, rotary, torch.tensor([p])) for v, p in ((query, at), (key, other))]
         return float((turned[0] * turned[1]).sum())
 
-    assert torch.equal(rotate(query, *rotary.at(torch.tensor([0]))), query)
+    assert torch.equal(turn(query, rotary, torch.tensor([0])), query)
     assert product(7, 3) == pytest.approx(product(50, 46), rel=1e-4)
     assert product(7, 3) != pytest.approx(product(7, 4), rel=1e-2)
 

@@ -51,6 +51,13 @@ def test_replicas_take_turns_by_sequence_position_and_layer() -> None:
     assert table.rank[covers.ravel()].tolist() == [1, 0, 1, 2]
 
 
+def test_the_load_of_an_expert_is_that_of_all_its_replicas() -> None:
+    table = table_of([0, 1, 2, 2, 0, 1], [0, 0, 0, 1, 2, 2], 3, replicas=[0, 1, 2, 0, 0, 1])
+    # Slots, and so covers, by rank: experts 0, 2 on rank 0, then 0, 2, then 0, 1.
+    assert table.load(np.array([1, 10, 2, 20, 4, 100])).tolist() == [7, 100, 30]
+    assert table_of([0, 1, 1], [2, 0, 1], 2).load(np.array([5, 6, 7])).tolist() == [6, 7, 5]
+
+
 def test_rows_of_a_cut_expert_go_to_every_piece() -> None:
     table = layer_tables(cut_expert(placement_of([0, 1], [0, 1], 3), 3, 0, [0, 2]))[3]
     assert table.cut and table.covers == ((0, 2), (1,))

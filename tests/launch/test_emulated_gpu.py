@@ -1,0 +1,35 @@
+"""The way of tokens through GPUs where there is none: all of it but the kernels, which are emulated.
+
+Steady steps, recordings, messages, streams, memory: the jobs and checks are those of `tests/gpu/test_jobs.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+
+from layout_jobs import DTYPES, Runs, check_cuts, check_layouts, check_tokens, run_all
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return run_all(tmp_path_factory.mktemp("jobs"), "emulated_gpu.py", n_models=1, longest=20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_do_not_depend_on_the_layout(runs: Runs, dtype: str) -> None:
+    check_layouts(runs, f"{dtype}-0")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_bits_do_not_depend_on_cuts(runs: Runs, dtype: str) -> None:
+    check_cuts(runs, f"{dtype}-0")
+
+
+@pytest.mark.parametrize("cpu,gpu", [("cpu", "one"), ("cpu", "four"), ("cpu-leaves", "leaves-cut")])
+def test_tokens_are_those_of_the_cpu(runs: Runs, cpu: str, gpu: str) -> None:
+    check_tokens(runs, "float32-0", cpu, gpu)
