@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +40,7 @@ _POLL = 0.05
 # A signal that mpirun gets while it starts may end it, or be lost on the way to ranks that are not there yet: the first
 # is passed on no sooner than this after its start (seconds), and while ranks may still be starting again and again.
 _SETTLED, _STARTING, _AGAIN = 1.0, 10.0, 1.0
+_SESSION_FOLDER = "PRTE_MCA_prte_local_tmpdir_base"  # of mpirun itself; daemons of other nodes have their own
 
 
 def this_program(*arguments: str) -> list[str]:
@@ -72,11 +74,11 @@ def launch(
     starter = find_mpirun(mpirun, os.environ)
     options = mpirun_options(version(starter), n_ranks, os.environ, starter[1:])
     line = [*starter, *options, "-n", str(n_ranks), *command]
-    with _trap() as received:
+    with _trap() as received, session_folder(child_environment(os.environ, os.geteuid() == 0)) as environ:
         if drain is not None and drain.requested:
             _say("moempi: told to stop before any rank was started")
             return drain.exit_code
-        code = _watch(_start(line), received, grace)
+        code = _watch(_start(line, environ), received, grace)
         if drain is not None and received:
             drain.signal = received[-1][0]
         return code
@@ -142,6 +144,23 @@ def child_environment(environ: Mapping[str, str], as_root: bool) -> dict[str, st
     return {**environ, **consent}
 
 
+@contextmanager
+def session_folder(environ: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """The environment with a folder for what Open MPI's mpirun keeps while it runs here, which is gone afterwards.
+
+    Its own choice is named after its process, and it ends at once where one that was killed had the same number and
+    left its folder behind: numbers come again. A choice of the user's stays.
+    """
+    if any(name.endswith("tmpdir_base") for name in environ):
+        yield dict(environ)
+        return
+    folder = tempfile.mkdtemp(prefix="moempi-mpirun-")
+    try:
+        yield {**environ, _SESSION_FOLDER: folder}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 # --- start, watch, end -----------------------------------------------------------------------------------------------
 
 
@@ -161,12 +180,12 @@ def _trap() -> Iterator[list[tuple[int, float]]]:
             signal.signal(number, handler)
 
 
-def _start(line: list[str]) -> subprocess.Popen[bytes]:
+def _start(line: list[str], environ: dict[str, str]) -> subprocess.Popen[bytes]:
     # A terminal belongs to another session: reading from it there is an error, so the ranks read nothing.
     try:
         return subprocess.Popen(
             line,
-            env=child_environment(os.environ, os.geteuid() == 0),
+            env=environ,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
             preexec_fn=_die_with_parent(),

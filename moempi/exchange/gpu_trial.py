@@ -40,7 +40,8 @@ def ask(n_ranks: int, mpirun: list[str]) -> tuple[dict[str, list[float]], str]:
     line = [*mpirun, "-n", str(n_ranks), sys.executable, "-m", "moempi.exchange.gpu_trial"]
     environ = launch.child_environment(gpu_mpi.child_environment(os.environ), os.geteuid() == 0)
     try:
-        done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=TIMEOUT)
+        with launch.session_folder(environ) as environ:
+            done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=TIMEOUT)
     except (OSError, subprocess.TimeoutExpired) as error:
         return {}, f"the trial did not end: {error}"
     answers = [text for text in done.stdout.splitlines() if text.startswith("{")]

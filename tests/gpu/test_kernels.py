@@ -323,7 +323,7 @@ def test_experts_have_the_same_bits_by_every_tile(
     ]
     stack = Stack(gate_up, down, exact=True, scratch=Scratch())
     for part in parts_of(batches):
-        stack._fixed(part)
+        stack._alone(part, fixed=True)
     expected = answers.clone()
     for tile in TILES[dtype]:
         monkeypatch.setattr(cuda_experts, "tile_for", lambda *_, tile=tile: tile)

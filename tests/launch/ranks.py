@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 from moempi import launch
 
 PROGRAMS = Path(__file__).parent / "programs"
+_SESSIONS = tempfile.TemporaryDirectory(prefix="moempi-mpiruns-")  # of each mpirun a folder, as the launcher gives it
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def mpirun_line(n_ranks: int, command: list[str]) -> list[str]:
     """The command line that runs `command` on so many ranks of this machine."""
     starter = launch.find_mpirun(None, os.environ)
     version = subprocess.run([starter[0], "--version"], capture_output=True, text=True, check=True).stdout
-    return [*starter, *launch.mpirun_options(version, n_ranks, {}), "-n", str(n_ranks), *command]
+    session = ["--prtemca", "prte_local_tmpdir_base", tempfile.mkdtemp(dir=_SESSIONS.name)]
+    return [*starter, *session, *launch.mpirun_options(version, n_ranks, {}), "-n", str(n_ranks), *command]
 
 
 def program(name: str, *arguments: str) -> list[str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from ranks import Running, alive, mpirun_line, program, run
@@ -107,8 +109,8 @@ def test_an_error_during_the_drain_is_the_exit_code() -> None:
 
 
 @pytest.mark.parametrize("victim", ["mpirun", "launcher"])
-def test_nothing_outlives_a_kill(victim: str) -> None:
-    with Running(launcher("deaf")) as running:
+def test_nothing_outlives_a_kill(tmp_path: Path, victim: str) -> None:
+    with Running(launcher("deaf"), {"TMPDIR": str(tmp_path)}) as running:
         ranks = ready(running)
         mpirun = os.getsid(ranks[0])
         os.kill(mpirun if victim == "mpirun" else running.process.pid, signal.SIGKILL)
@@ -117,6 +119,21 @@ def test_nothing_outlives_a_kill(victim: str) -> None:
         while alive(ranks) and time.monotonic() < end:
             time.sleep(0.05)
         assert not alive(ranks)
+    assert victim == "launcher" or not any(tmp_path.iterdir())
+
+
+def test_what_a_killed_mpirun_has_left_is_not_in_the_way(tmp_path: Path) -> None:
+    """Open MPI takes folders named after processes, whose numbers come again: here all that may be next are taken."""
+    last = int(Path("/proc/sys/kernel/pid_max").read_text())
+    for number in range(os.getpid(), os.getpid() + 3000):
+        left = tmp_path / f"ompi.{number % last}"
+        left.mkdir()
+        (left / f"pmix.{platform.node().split('.')[0]}.tool.{number % last}").touch()
+    with Running(launcher("willing"), {"TMPDIR": str(tmp_path)}) as running:
+        ready(running)
+        running.signal(signal.SIGTERM)
+        assert running.wait().code == 75
+    assert len(list(tmp_path.iterdir())) == 3000
 
 
 def test_help_is_light_and_a_wrong_verb_is_one_message() -> None:

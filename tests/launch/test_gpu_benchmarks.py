@@ -51,6 +51,7 @@ def test_all_in_one_call(tmp_path: Path) -> None:
     sections = "--sections", "links", "stack", "job"
     told = found(tmp_path, "multi_gpu.py", "--gpus", "2", "--small", "--seconds", "150", *sections, ranks=0)["sections"]
     links, stack, job = (told[name]["found"] for name in sections[1:])
+    assert "error" not in stack and "error" not in job, told
     assert [(pair["source"], pair["destination"]) for pair in links["pairs"]] == [(0, 1)]
     assert [[row["tokens"] for row in one["results"]] for one in stack["results"]] == [[8, 16]] * 2
     assert [one["ranks"] for one in job["rates"]] == [1, 2]
