@@ -12,7 +12,7 @@ from moempi.device.cuda import Cuda
 from moempi.device.cuda_attention import tiles_agree
 from moempi.device.cuda_experts import Layer, Pieces, Scratch, Stack
 from moempi.device.cuda_memory import MessageMemory, Rows, block_bytes
-from moempi.device.tile_plan import TILE, WIDE_TILE, next_plan, plan_step
+from moempi.device.tile_plan import TILE, WIDE_TILE, plan_step
 from moempi.exchange.arrivals_cuda import CudaExperts
 from moempi.exchange.dispatch_cuda import on_gpu
 from moempi.exchange.engine import Channels, Engine, Limits
@@ -93,7 +93,7 @@ def build_rank(
         group=config.n_heads // config.n_kv_heads,
         eos_tokens=shape.eos_tokens,
         tell=lambda message: control.send(0, message),
-        planner=Planner(partial(plan_step, spare=cache.n_pages, wide=wide), next_plan),
+        planner=Planner(partial(plan_step, spare=cache.n_pages, wide=wide), lambda plan, _: plan.following),
     )
     forward = CudaForward(
         network=network,

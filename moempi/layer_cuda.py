@@ -6,8 +6,8 @@ A steady step, one token of each sequence, has a way of its own (`pass_steady`),
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from moempi.batch import Step
 from moempi.device.cuda_attention import attend
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
-from moempi.device.cuda_rows import add_norm, gather, sort_pairs, turn_heads
+from moempi.device.cuda_rows import add_norm, gather, greedy, sort_pairs, turn_heads
 from moempi.device.cuda_rows import combine as add_outputs
-from moempi.device.cuda_transfer import all_to_device, words_of
-from moempi.device.tile_plan import for_kernels
+from moempi.device.cuda_transfer import all_to_device, staged, views, words_of
+from moempi.device.tile_plan import TilePlan, for_kernels
 from moempi.errors import MoempiError
 from moempi.exchange.dispatch_cuda import CudaRows, CudaTable, Sent, combine, dispatch, send
 from moempi.exchange.engine_cuda import CudaEngine
@@ -46,6 +46,8 @@ class StepBuffers:
         self.places = torch.empty(rows, top_k, dtype=torch.int32, device=device)
         self.weights = torch.empty(rows, top_k, dtype=torch.float32, device=device)
         self.step = torch.empty(0, dtype=torch.int64, device=device)
+        self.last: CudaStep | None = None
+        self.ahead: Ahead | None = None
         self.graphs = Graphs()
 
     def room_for_step(self, words: int) -> Tensor:
@@ -55,12 +57,20 @@ class StepBuffers:
         return self.step
 
 
+class Ahead(NamedTuple):
+    """What a step tells the kernels, put together before its tokens are known."""
+
+    plan: TilePlan
+    words: Tensor  # in pinned memory, as in `StepBuffers.step`
+    tokens: Tensor  # of them, those that are missing
+
+
 @dataclass(frozen=True)
 class CudaStep(Step):
     """A step whose tensors are on the GPU; `owners` and the positions of `host` stay on the host, for the trace."""
 
     turns: Tensor  # [T] int64, sequence + position of every token: which replica takes it; of padding -1
-    host: Any  # TilePlan
+    host: TilePlan
     buffers: StepBuffers | None  # of a steady step
 
     @cached_property
@@ -87,18 +97,40 @@ class CudaForward(Forward):
 
     async def __call__(self, step: Step) -> tuple[list[int], list[float]]:
         """Next token and its log-probability, for every sequence in `step.choosing`."""
-        return await super().__call__(self.on_gpu(step))
+        there = self.on_gpu(step)
+        if there.buffers is not None:
+            look_ahead = partial(self.look_ahead, step, there.buffers)
+            self.engine.meanwhile(step.microbatch, lambda: there.host.following, look_ahead)
+        return await super().__call__(there)
 
     def on_gpu(self, step: Step) -> CudaStep:
         """A step of the host, on the GPU."""
         device, plan = self.cache.keys.device, step.plan
+        buffers = self.buffers_of(step.microbatch) if plan.steady else None
+        if buffers and buffers.last and buffers.ahead and buffers.ahead.plan is plan:
+            _, words, tokens = buffers.ahead
+            tokens.copy_(step.tokens)
+            buffers.step[: len(words)].copy_(words, non_blocking=True)
+            buffers.last = replace(buffers.last, number=step.number, host=plan)
+            return buffers.last
         tensors = for_kernels(step)
-        buffers, words = self.buffers_of(step.microbatch) if plan.steady else None, words_of(tensors)
-        memory = buffers.room_for_step(words) if buffers else torch.empty(words, dtype=torch.int64, device=device)
+        n = words_of(tensors)
+        memory = buffers.room_for_step(n) if buffers else torch.empty(n, dtype=torch.int64, device=device)
         there = all_to_device(tensors, memory)
         kept = {f.name: getattr(step, f.name) for f in fields(step) if f.name not in ("tokens", "last", "plan")}
         mine = {name: there.pop(name) for name in ("tokens", "last", "turns")}
-        return CudaStep(**kept, **mine, plan=replace(plan, **there), host=plan, buffers=buffers)  # type: ignore[arg-type]
+        made = CudaStep(**kept, **mine, plan=replace(plan, **there), host=plan, buffers=buffers)  # type: ignore[arg-type]
+        if buffers:
+            buffers.last = made
+        return made
+
+    def look_ahead(self, step: Step, buffers: StepBuffers) -> None:
+        """Put together what the next step of the same sequences tells the kernels; its tokens are not known yet."""
+        plan = step.plan.following
+        if plan is not None:
+            tensors = for_kernels(replace(step, plan=plan))
+            words = staged(tensors)
+            buffers.ahead = Ahead(plan, words, views(tensors, words)["tokens"])
 
     def buffers_of(self, microbatch: int) -> StepBuffers:
         """Memory of a microbatch's steady steps, made when the first one comes."""
@@ -249,10 +281,14 @@ class CudaForward(Forward):
         Raises:
             MoempiError: a score is not a number.
         """
-        chosen = self.network.device.greedy(self.network.logits(x[step.last]))
-        self.lap(HEAD, -1, step, len(step.last))
-        tokens, logprobs = await self.engine.fetch(*chosen)
-        if not np.isfinite(logprobs).all():
+        n = len(step.last)
+        # The kernel writes into memory of the host: there is nothing to copy.
+        tokens = torch.empty(n, dtype=torch.int64, pin_memory=True)
+        logprobs = torch.empty(n, dtype=torch.float32, pin_memory=True)
+        greedy(self.network.logits(x if n == len(x) else x[step.last]), (tokens, logprobs))
+        self.lap(HEAD, -1, step, n)
+        await self.engine.passed()
+        if not np.isfinite(logprobs.numpy()).all():
             raise MoempiError("the scores of the next token are not finite: the weights overflow in this dtype")
         return tokens.tolist(), logprobs.tolist()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from moempi.device.cuda_source import WORDS
 from moempi.device.cuda_transfer import put
 from moempi.device.product_tiles import TILES, tile_for
 from moempi.model.expert import Expert
-from moempi.planning.gpu_memory import ROUND_ROWS
+from moempi.planning.gpu_memory import room_of
 
 # Operations per part, below which one launch for all is faster than cuBLAS part by part: its three calls take the host
 # some 60 us, in which the GPU does this much, and a small product does not fill it.
@@ -114,12 +115,21 @@ class Stack:
 
     def __call__(self, batches: Sequence[Batch], memory: Tensor) -> None:
         """Compute all batches. Rows and answers lie in `memory`, which is flat and in the model's dtype."""
+        self.prepare(batches, memory)()
+
+    def prepare(self, batches: Sequence[Batch], memory: Tensor) -> Callable[[], None]:
+        """All of a call that can be done before its rows are there; what is returned launches the rest.
+
+        Both on the same stream, and no other call of the scratch is prepared or made between them.
+        """
         rows = sum(batch.rows.n for batch in batches)
         parts = sum(slots_met(batch.rows_per_slot) for batch in batches)
         fixed = self.exact or self._row_operations * rows < WORTH_CALLS * parts
         if fixed and parts > 1:
-            self._together(batches, memory, rows)
-            return
+            return self._together(batches, memory, rows)
+        return partial(self._one_by_one, batches, fixed=fixed)
+
+    def _one_by_one(self, batches: Sequence[Batch], *, fixed: bool) -> None:
         for part in parts_of(batches):
             self._alone(part, fixed=fixed)
 
@@ -141,13 +151,14 @@ class Stack:
             between = scratch[n * width : n * (width + hidden)].view(n, hidden)
             torch.mm(between, self._down_turned[slot], out=answer.tensor())
 
-    def _together(self, batches: Sequence[Batch], memory: Tensor, rows: int) -> None:
+    def _together(self, batches: Sequence[Batch], memory: Tensor, rows: int) -> Callable[[], None]:
+        """Put what is known of the batches on the GPU; the tables and products that are to be launched behind it."""
         n_slots, width, d = self.gate_up.shape
         unit, hidden, dtype = self._unit, width // 2, self.gate_up.dtype
         tile = tile_for(dtype, -(-rows // n_slots), d, n_slots)
         # Calls of few rows come again and again, and are recorded: in few shapes, with empty tiles and rows.
         recorded = rows <= TILES[dtype][0].rows * n_slots
-        room = -(-rows // ROUND_ROWS) * ROUND_ROWS if recorded else rows
+        room = room_of(rows) if recorded else rows
         tiles = n_slots + room // tile.rows  # or fewer
         given: list[int] = []
         for rows_of, answer, rows_per_slot in batches:
@@ -171,11 +182,10 @@ class Stack:
             swiglu_at(gated, room, hidden, dtype, activated)
             product_scattered(activated, self.down, source, divided, outward)
 
-        if recorded:
-            shape = tile, len(batches), room, table.data_ptr(), scratch.data_ptr(), memory.data_ptr()
-            self._scratch.graphs.run(shape, self.gate_up.data_ptr(), launch)
-        else:
-            launch()
+        if not recorded:
+            return launch
+        shape = tile, len(batches), room, table.data_ptr(), scratch.data_ptr(), memory.data_ptr()
+        return partial(self._scratch.graphs.run, shape, self.gate_up.data_ptr(), launch)
 
 
 class Pieces:
@@ -189,8 +199,11 @@ class Pieces:
         self._slots = slots
         self.slots, self.nbytes = len(slots), 0  # nothing waits for them
 
-    def __call__(self, batches: Sequence[Batch], memory: Tensor) -> None:
-        """Compute all batches into their answers."""
+    def prepare(self, batches: Sequence[Batch], memory: Tensor) -> Callable[[], None]:
+        """There is nothing to prepare; what is returned computes all batches into their answers."""
+        return partial(self._compute, batches)
+
+    def _compute(self, batches: Sequence[Batch]) -> None:
         for part in parts_of(batches):
             part.answer.tensor().copy_(self._slots[part.slot](part.rows.tensor()))
 

@@ -197,14 +197,19 @@ def put_words(values: list[int], address: int) -> None:
     _kernel("put_words", 3, WORDS)(1, 128, [address, len(values), *values])
 
 
-def greedy(logits: Tensor) -> tuple[Tensor, Tensor]:
+def greedy(logits: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Best token [S] int64, lowest id among equals, and its log-probability [S] float32, of logits [S, V] float32.
 
     The log-probability is not a number where a score is not finite: who reads it has to look.
+
+    Args:
+        out: both, on the GPU or in pinned memory of the host.
     """
     s, v = logits.shape
-    tokens = torch.empty(s, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(s, dtype=torch.float32, device=logits.device)
+    tokens, logprobs = out or (
+        torch.empty(s, dtype=torch.int64, device=logits.device),
+        torch.empty(s, dtype=torch.float32, device=logits.device),
+    )
     if s:
         _kernel("greedy", 4)(s, 1024, [logits.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), v])
     return tokens, logprobs

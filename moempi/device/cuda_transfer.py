@@ -27,17 +27,28 @@ def all_to_device(tensors: Mapping[str, Tensor], memory: Tensor) -> dict[str, Te
     Returns:
         By name, views of `memory` with the shapes and dtypes of the tensors.
     """
+    host = staged(tensors)
+    memory[: len(host)].copy_(host, non_blocking=True)
+    return views(tensors, memory)
+
+
+def staged(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Pinned memory, int64, with copies of small tensors as `all_to_device` lays them out."""
     begins, n = _places(tensors)
     host = torch.empty(n, dtype=torch.int64, pin_memory=True)
     into = host.numpy().view(np.uint8)
     for tensor, begin in zip(tensors.values(), begins, strict=True):
         if tensor.numel():
             into[8 * begin : 8 * begin + tensor.nbytes] = tensor.numpy().reshape(-1).view(np.uint8)
-    memory[:n].copy_(host, non_blocking=True)
+    return host
+
+
+def views(tensors: Mapping[str, Tensor], memory: Tensor) -> dict[str, Tensor]:
+    """By name, views of such memory with the shapes and dtypes of the tensors."""
     flat = {torch.int64: memory, torch.int32: memory.view(torch.int32)}
     return {
         name: flat[tensor.dtype].as_strided(tensor.shape, tensor.stride(), begin * 8 // tensor.itemsize)
-        for (name, tensor), begin in zip(tensors.items(), begins, strict=True)
+        for (name, tensor), begin in zip(tensors.items(), _places(tensors)[0], strict=True)
     }
 
 

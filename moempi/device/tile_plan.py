@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from moempi.planning.gpu_memory import ROUND, STEADY
 
 TILE = 16  # query rows; the least that a product on the GPU takes
 WIDE_TILE = 64  # of a chunk in bfloat16: as many rows read a page at once
-COLUMNS = 8  # to a multiple of which the pages of the longest sequence are padded in a steady step
+COLUMNS = 32  # to a multiple of which the pages of the longest sequence are padded in a steady step
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class TilePlan(AttentionPlan):
     row_positions: Tensor  # [A, rows of a tile] int32; -1 for padding
     group: int  # query heads per key-value head
     steady: bool = False  # one new position of every sequence, and padding behind them: shapes that come again
+    n_steady: int = 0  # of them are not padding
+
+    @cached_property
+    def following(self) -> TilePlan | None:
+        """The plan of the step of the same sequences that follows, as `next_plan` makes it; made once."""
+        return next_plan(self, self.n_steady)
 
     def tensors(self) -> dict[str, Tensor]:
         """What kernels read, by name."""
@@ -64,7 +71,7 @@ def plan_step(spans: Sequence[Span], group: int, spare: int, wide: int = TILE) -
         return plan_tiles(spans, group, wide if most * group > TILE else TILE)
     plan = plan_tiles([*spans, *[Span(0, 1, (spare,))] * (-n % ROUND)], group)
     columns = plan.pages.shape[1]
-    return replace(plan, pages=F.pad(plan.pages, (0, -columns % COLUMNS)), steady=True)
+    return replace(plan, pages=F.pad(plan.pages, (0, -columns % COLUMNS)), steady=True, n_steady=n)
 
 
 def next_plan(plan: TilePlan, n: int) -> TilePlan | None:

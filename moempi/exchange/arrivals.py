@@ -23,7 +23,7 @@ READ_RATE = 15e9  # bytes per second at which a thread reads them
 SlotKey = tuple[int, int]  # (layer, number of the slot on this rank)
 
 
-@dataclass
+@dataclass(eq=False)
 class Arrival:
     """Rows of one dispatch at this rank. `answer` has the same order; it goes back when `left` is 0."""
 

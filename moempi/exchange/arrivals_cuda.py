@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -26,20 +27,34 @@ def call_cost(slots: int, nbytes: int) -> CallCost:
     return CallCost(CALL, int(1e9 * nbytes / slots / READ_RATE), FEW_ROWS * slots)
 
 
+class Prepared(NamedTuple):
+    """A call that is launched as soon as all of its rows are here."""
+
+    arrivals: list[Arrival]
+    launch: Callable[[], None]
+
+
 class CudaExperts(Experts):
     """The slots of this rank, layer by layer; `waiting` decides when a call takes which.
 
     Args:
         layers: the experts of every layer that the rank has slots of.
         memory: of messages, flat, in the model's dtype.
+
+    Attributes:
+        in_flight: calls that have been launched and not ended.
+        news: whether anything came, or is on its way, since `prepare` was asked.
     """
 
     def __init__(self, layers: Mapping[int, Layer], memory: Tensor):
         super().__init__({})
         self._layers, self._memory = layers, memory
         self._arrivals: dict[int, deque[Arrival]] = {}  # by layer
+        self._coming: dict[int, list[Arrival]] = {}  # by layer, whose rows are on their way
+        self._prepared: Prepared | None = None
+        self.news = False
         self.waiting = Waiting({n: call_cost(layer.slots, layer.nbytes) for n, layer in layers.items()})
-        self.in_flight = 0  # calls that have been launched and not ended
+        self.in_flight = 0
 
     def __bool__(self) -> bool:
         if not self.waiting or self.in_flight >= CALLS_AHEAD:
@@ -51,14 +66,36 @@ class CudaExperts(Experts):
         """Whether any rows wait."""
         return bool(self.waiting)
 
+    def announce(self, arrival: Arrival) -> None:
+        """An arrival's rows are on their way, to where it says; `add` follows once they are here."""
+        self._coming.setdefault(arrival.layer, []).append(arrival)
+        self.news = True
+
     def add(self, arrival: Arrival) -> None:
         """Queue an arrival."""
         now = time.perf_counter_ns()
+        coming = self._coming.setdefault(arrival.layer, [])
+        if arrival in coming:
+            coming.remove(arrival)
+        self.news = True
         if not self.waiting:
             self.since = now
         self._arrivals.setdefault(arrival.layer, deque()).append(arrival)
         slots = slots_met(arrival.rows_per_slot)
         self.waiting.add(arrival.layer, arrival.source, arrival.left, slots, now)
+
+    def prepare(self) -> bool:
+        """Prepare the call that is made if what is on its way to a layer comes before another one; whether it did.
+
+        For a rank with nothing else to do: what a call takes the host has passed then when the last rows are here.
+        """
+        self.news = False
+        for layer, queue in self._arrivals.items():
+            arrivals = [*queue, *self._coming.get(layer, [])] if queue else []
+            if len(queue) < len(arrivals) and sum(arrival.left for arrival in arrivals) <= CALL_ROWS:
+                self._prepared = Prepared(arrivals, self._layers[layer].prepare(_batches(arrivals), self._memory))
+                return True
+        return False
 
     def serve(self, most_rows: int) -> tuple[int, int, list[Arrival]]:
         """Launch one call of a layer; who launches counts `in_flight`.
@@ -78,9 +115,18 @@ class CudaExperts(Experts):
         for arrival in queue:
             left[arrival.source] = left.get(arrival.source, 0) + arrival.left
         self.waiting.take(layer, left, now)
-        self._layers[layer]([Batch(a.rows, a.answer, a.rows_per_slot) for a in taken], self._memory)
+        # Whatever is launched, the scratch is another call's from now on.
+        prepared, self._prepared = self._prepared, None
+        if prepared and set(prepared.arrivals) == set(taken):
+            prepared.launch()
+        else:
+            self._layers[layer].prepare(_batches(taken), self._memory)()
         for arrival in taken:
             arrival.left = 0
         self.rows_computed += rows
         self.calls += 1
         return layer, rows, taken
+
+
+def _batches(arrivals: list[Arrival]) -> list[Batch]:
+    return [Batch(arrival.rows, arrival.answer, arrival.rows_per_slot) for arrival in arrivals]

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import Future, Slicer, Task
 from moempi.recorder import Recorder
 from moempi.stages import ANSWER_KIND, DISPATCH_KIND, EXPERT, LOADED, NO_STEP, RECEIVE
+
+T = TypeVar("T")
 
 LOOKS = 8  # at clocks and messages, of a rank with nothing else to do, before its next turn
 
@@ -96,6 +98,7 @@ class CudaEngine(Engine):
         # Not among the requests, on whose end the engine waits: this one is always there.
         self._next_header = self._post_header()
         self._wanting_room: list[Future] = []
+        self._ahead: dict[int, deque[Callable[[], Any]]] = {}  # by microbatch, what may be done ahead of its time
         self._counts: dict[tuple[int, int], Tensor] = {}
 
     def _carrier(self, comm: MPI.Intracomm, copies: Copies | None) -> Carrier:
@@ -123,12 +126,31 @@ class CudaEngine(Engine):
         # takes several times as long as what it is about.
         if self.requests or self.experts.waiting or any(self._clocks):
             self._empty_polls = self._sleeps = 0
+            if self._work_ahead():
+                self._note_rest()
+                return
             for _ in range(LOOKS):
                 if self._look_at_clocks() or self._take_arrivals() or self.requests.test():
                     self.recorder.lap(RECEIVE)
                     return
                 self._note_rest()
         super()._rest()
+
+    def _work_ahead(self) -> bool:
+        """Do something before it is asked for, while the rank waits; whether there was anything."""
+        if self.experts.news and self._on_low_stream(self.experts.prepare):
+            return True
+        if not self._ahead or not any(self._clocks):  # messages take less long than kernels
+            return False
+        microbatch, works = next(iter(self._ahead.items()))
+        works.popleft()()
+        if not works:
+            del self._ahead[microbatch]
+        return True
+
+    def meanwhile(self, microbatch: int, *works: Callable[[], Any]) -> None:
+        """What may be done while the GPU computes, one after the other, in the place of what was named here before."""
+        self._ahead[microbatch] = deque(works)
 
     # ------------------------------------------------------------ what the GPU does
 
@@ -254,6 +276,7 @@ class CudaEngine(Engine):
             charged=block.offset,
         )
         self._there.receive(rows, header.source, header.tag, lambda: self._landed(arrival))
+        self.experts.announce(arrival)
         return True
 
     def _landed(self, arrival: Arrival) -> None:
@@ -263,14 +286,17 @@ class CudaEngine(Engine):
 
     def serve(self) -> None:
         """Launch one expert call, and send the answers that are complete with it once it has ended."""
-        torch.cuda.set_stream(self.low)
-        try:
-            layer, rows, finished = self.experts.serve(0)
-        finally:
-            torch.cuda.set_stream(self.high)
+        layer, rows, finished = self._on_low_stream(lambda: self.experts.serve(0))
         self.experts.in_flight += 1
         self._low_clock.after(lambda: self._served(finished))
         self.recorder.lap(EXPERT, layer, tokens=rows)
+
+    def _on_low_stream(self, work: Callable[[], T]) -> T:
+        torch.cuda.set_stream(self.low)
+        try:
+            return work()
+        finally:
+            torch.cuda.set_stream(self.high)
 
     def _served(self, finished: list[Arrival]) -> None:
         self.experts.in_flight -= 1

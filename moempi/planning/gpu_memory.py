@@ -19,7 +19,7 @@ STEADY = 512  # sequences, up to which a step of one token each is launched as g
 ROUND = 16  # to a multiple of which their number is padded
 GRAPH_SHAPES = 12  # of a microbatch whose graphs are kept
 CALL_ROWS = 65536  # most rows of an expert call, and of a message: they are computed whole
-ROUND_ROWS = 256  # to a multiple of which the rows of a recorded expert call are filled up, with such as nobody reads
+ROUND_ROWS = 512  # steps of the room that a recorded expert call has for its rows
 _FLOAT32 = 4
 
 
@@ -74,6 +74,15 @@ def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
 def _routes(config: ModelConfig) -> int:
     """Bytes per token of what graphs keep of routes: experts, weights and order, of every layer and shape."""
     return GRAPH_SHAPES * len(config.moe_layers) * config.top_k * 3 * _FLOAT32
+
+
+def room_of(rows: int) -> int:
+    """Rows that a recorded expert call is made for: those that it has, and more that nobody reads.
+
+    Sequences by the sixteen that choose evenly among experts make rows around multiples of a power of two: rooms end
+    half a step beyond, so that calls of steps that follow each other have one room, and are recorded once.
+    """
+    return ROUND_ROWS * -(-(rows - ROUND_ROWS // 2) // ROUND_ROWS) + ROUND_ROWS // 2
 
 
 def call_rows(

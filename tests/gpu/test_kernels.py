@@ -27,6 +27,8 @@ from moempi.device.cuda_source import WORDS
 from moempi.device.cuda_transfer import all_to_device, words_of
 from moempi.device.product_tiles import TILES
 from moempi.device.tile_plan import TILE, WIDE_TILE, TilePlan, plan_tiles
+from moempi.exchange.arrivals import Arrival
+from moempi.exchange.arrivals_cuda import CudaExperts
 from moempi.model import gate
 from moempi.model.attention import Span
 from moempi.model.cache import KVCache, pages_for
@@ -303,6 +305,71 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
                 assert torch.equal(memory[total + i], products.setdefault(i, memory[total + i].clone()))
             else:
                 assert memory[total + i].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_call_is_prepared_while_its_rows_are_on_their_way(random: torch.Generator, dtype: torch.dtype) -> None:
+    """As prepared, or with fewer rows or behind another layer's call, for which what was prepared does not hold."""
+    d, hidden, n_slots, counts = 64, 32, 3, [(2, 0, 3), (1, 4, 0), (0, 0, 6)]
+    sizes = draw(random, n_slots, 2 * hidden, d, dtype=dtype), draw(random, n_slots, d, hidden, dtype=dtype)
+    scratch = Scratch()
+    layers = {n: Stack(gate_up, down, exact=True, scratch=scratch) for n, (gate_up, down) in enumerate([sizes] * 2)}
+    total = sum(map(sum, counts))
+    memory = poisoned(2 * total, d, dtype=dtype)
+    rows, flat, stream = draw(random, total, d, dtype=dtype), memory.view(-1), torch.cuda.Stream()
+    begins = [sum(map(sum, counts[:i])) for i in range(len(counts))]
+
+    def arrival(i: int, layer: int) -> Arrival:
+        n, tag = sum(counts[i]), 0
+        places = (Rows(flat, (lo + begins[i]) * d, n, d) for lo in (0, total))
+        return Arrival(i, tag, layer, 0, *places, counts[i], n)
+
+    def land(experts: CudaExperts, *arrivals: Arrival) -> None:
+        for one in arrivals:
+            lo, n = begins[one.source], len(one.rows)
+            memory[lo : lo + n].copy_(rows[lo : lo + n])
+            experts.add(one)
+
+    def served(experts: CudaExperts) -> list[int]:
+        memory[total:] = torch.nan
+        torch.cuda.synchronize()
+        _, _, taken = experts.serve(0)
+        torch.cuda.synchronize()
+        return [one.source for one in taken]
+
+    def answers(*sources: int) -> list[Tensor]:
+        return [memory[total + begins[i] :][: sum(counts[i])].clone() for i in sources]
+
+    with torch.cuda.stream(stream):
+        experts = CudaExperts(layers, flat)
+        land(experts, *(arrival(i, 0) for i in range(3)))
+        assert not experts.prepare(), "nothing is on its way"
+        assert served(experts) == [0, 1, 2]
+        expected = answers(0, 1, 2)
+        # Launched, recorded, replayed.
+        for _ in range(3):
+            memory[:total] = torch.nan
+            first, second, third = (arrival(i, 0) for i in range(3))
+            experts.announce(second)
+            assert not experts.prepare(), "nothing waits for it"
+            land(experts, first)
+            experts.announce(third)
+            assert experts.prepare() and not experts.news
+            land(experts, third, second)
+            assert served(experts) == [0, 2, 1] and all(map(torch.equal, answers(0, 1, 2), expected))
+        first, second, third = arrival(0, 0), arrival(1, 0), arrival(2, 1)
+        land(experts, first)
+        experts.announce(second)
+        assert experts.prepare()
+        assert served(experts) == [0] and torch.equal(*answers(0), expected[0]), "fewer"
+        land(experts, first)
+        assert experts.prepare()
+        land(experts, third)
+        experts.waiting.hurry()
+        assert [served(experts), served(experts)] == [[0], [2]]
+        assert torch.equal(*answers(2), expected[2]), "another layer"
+        land(experts, second)
+        assert served(experts) == [1] and torch.equal(*answers(1), expected[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

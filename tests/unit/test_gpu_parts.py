@@ -173,7 +173,7 @@ def test_a_steady_step_is_padded_to_few_shapes(lengths: list[int]) -> None:
     """Its own rows come first and as they are; padding has a page of its own."""
     spans = [Span(n - 1, n, [10 * i + j for j in range(4)]) for i, n in enumerate(lengths)]
     plan, alone, n = plan_step(spans, 4, spare=999), plan_tiles(spans, 4), len(lengths)
-    assert plan.steady and len(plan.positions) % 16 == 0 and plan.pages.shape[1] == 8
+    assert plan.steady and len(plan.positions) % 16 == 0 and plan.pages.shape[1] == 32
     for name in ("positions", "write_pages", "write_offsets", "tiles", "row_positions"):
         found, wanted = getattr(plan, name)[:n], getattr(alone, name)
         assert torch.equal(found, wanted) and found.dtype == wanted.dtype, name

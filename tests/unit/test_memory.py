@@ -308,8 +308,8 @@ def test_activations_on_a_gpu_by_hand() -> None:
     resident = 2 * 10 * 3 * 8 * 2
     # Attention is widest: projections 24 + 12 + 12 and mixed values 24 in bfloat16; queries 24 in float32.
     stage = 48 * 2 + 24 * 2 + 24 * 4 + 2 * 8 * 2
-    # All 2 x 10 x 2 rows in one call, and 256 to round them up: three times 12 wide, and their places twice.
-    call = (40 + 256) * (3 * 12 * 2 + 32)
+    # All 2 x 10 x 2 rows in one call, and 512 to round them up: three times 12 wide, and their places twice.
+    call = (40 + 512) * (3 * 12 * 2 + 32)
     logits = 3 * 50 * (2 + 4)
     tables = 2 * 64 * 6 * 4
     # Steady steps: 16 rows of each microbatch, three of its own, a stage, and the routes of 12 shapes and 2 layers:

@@ -20,6 +20,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -176,8 +177,10 @@ def put_words(blocks: int, kinds: Any, address: int, n: int, *values: int) -> No
 def greedy(blocks: int, kinds: Any, logits: int, tokens: int, logprobs: int, v: int) -> None:
     scores = at(logits, (blocks, v), torch.float32)
     best = scores.argmax(-1)  # the first of equals
-    at(tokens, (blocks,), torch.int64).copy_(best)
-    at(logprobs, (blocks,), torch.float32).copy_(scores.log_softmax(-1).gather(1, best[:, None])[:, 0])
+    chances = scores.log_softmax(-1).gather(1, best[:, None])[:, 0]
+    for address, values in ((tokens, best), (logprobs, chances)):  # which the host reads
+        at(address, (blocks,), values.dtype).fill_(-1)
+        COMING.add(partial(at(address, (blocks,), values.dtype).copy_, values))
 
 
 KERNELS: dict[str, Callable[..., None]] = {
@@ -348,23 +351,41 @@ def come(*_: Any) -> None:
 
 
 def looking_late(look: Callable[[Any], bool], rng: random.Random) -> Callable[[Any], bool]:
-    """A look at a clock, before which as often as not the GPU comes past one mark more, or something else."""
+    """A look at what comes, before which as often as not the GPU comes past one mark more, or something else."""
 
-    def wrapped(clock: Any) -> bool:
+    def wrapped(at_what: Any) -> bool:
         if rng.random() < 0.5:
             COMING.step()
-        return look(clock)
+        return look(at_what)
 
     return wrapped
 
 
-def called_late(call: Callable[..., None]) -> Callable[..., None]:
-    """An expert call that computes later, on the stream that it is launched on."""
+def landing_late(landed: Callable[..., None]) -> Callable[..., None]:
+    """Rows that are here some time after their counts, and not in the order in which they have come."""
+    streams = itertools.cycle([-1, -2, -3])
 
     def wrapped(*given: Any) -> None:
-        COMING.add(lambda: call(*given))
+        stream = next(streams)
+        for _ in range(2):
+            COMING.add(lambda: None, stream)
+        COMING.add(lambda: landed(*given), stream)
 
     return wrapped
+
+
+def launched_late(work: Callable[..., None]) -> Callable[..., None]:
+    """What computes later, on the stream that it is launched on."""
+
+    def wrapped(*given: Any) -> None:
+        COMING.add(lambda: work(*given))
+
+    return wrapped
+
+
+def prepared_late(prepare: Callable[..., Callable[[], None]]) -> Callable[..., Callable[[], None]]:
+    """An expert call whose launch, as what it puts on the GPU before, comes later."""
+    return lambda *given: launched_late(prepare(*given))
 
 
 # ---------------------------------------------------------------- putting it in place
@@ -439,13 +460,19 @@ def _patch_moempi(late: bool) -> None:
     COMING.late = late
     if late:
         cuda_clock.Clock.look = looking_late(cuda_clock.Clock.look, random.Random(1))  # type: ignore[method-assign,assignment]
+        cuda_experts.put_words = launched_late(cuda_experts.put_words)
         for experts in (cuda_experts.Stack, cuda_experts.Pieces):
-            experts.__call__ = called_late(experts.__call__)  # type: ignore[method-assign]
+            experts.prepare = prepared_late(experts.prepare)  # type: ignore[method-assign]
     cuda_graphs.Graphs._record = record  # type: ignore[method-assign]
     transfer.to_host = to_host
     transfer.pin = lambda address, nbytes: None  # type: ignore[assignment]
     transfer.unpin = lambda address: None  # type: ignore[assignment]
     cuda_launch.current_stream = transfer.current_stream = lambda: COMING.current  # type: ignore[attr-defined]
+    if late:
+        from moempi.exchange.engine_cuda import CudaEngine  # which takes what has been put in place here
+
+        CudaEngine._landed = landing_late(CudaEngine._landed)  # type: ignore[method-assign]
+        CudaEngine._take_arrivals = looking_late(CudaEngine._take_arrivals, random.Random(2))  # type: ignore[method-assign,assignment]
 
 
 if __name__ == "__main__":
