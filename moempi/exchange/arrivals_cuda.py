@@ -85,14 +85,14 @@ class CudaExperts(Experts):
         self.waiting.add(arrival.layer, arrival.source, arrival.left, slots, now)
 
     def prepare(self) -> bool:
-        """Prepare the call that is made if what is on its way to a layer comes before another one; whether it did.
+        """Prepare the call of a layer whose last rows are on their way, if it is one of few rows; whether it did.
 
-        For a rank with nothing else to do: what a call takes the host has passed then when the last rows are here.
+        What such a call takes the host, which is as long as any, is done then when they are here.
         """
         self.news = False
-        for layer, queue in self._arrivals.items():
-            arrivals = [*queue, *self._coming.get(layer, [])] if queue else []
-            if len(queue) < len(arrivals) and sum(arrival.left for arrival in arrivals) <= CALL_ROWS:
+        for layer, coming in self._coming.items():
+            if coming and self.waiting.is_whole_with(layer, coming):
+                arrivals = [*self._arrivals[layer], *coming]
                 self._prepared = Prepared(arrivals, self._layers[layer].prepare(_batches(arrivals), self._memory))
                 return True
         return False

@@ -148,20 +148,24 @@ class Engine:
         self._look_for_stall()
         if moved or self._ready or self.experts:
             self.recorder.lap(RECEIVE if moved else POLL)
-        if self._ready:
+        if self._go_on() or moved:
+            self._empty_polls = self._sleeps = 0
+        else:
+            self._rest()
+
+    def _go_on(self) -> bool:
+        """Resume one task, serve one expert; whether there was anything to do."""
+        resumed = bool(self._ready)
+        if resumed:
             # A task that only waits now lets the next one add its rows before the experts compute;
             # one that paused is in the middle of long work and gives way to them.
             paused = self._resume(self._ready.popleft())
             if self._ready and not paused:
-                return
-            moved = True
+                return True
         if self.experts:
             self.serve()
-            moved = True
-        if moved:
-            self._empty_polls = self._sleeps = 0
-        else:
-            self._rest()
+            return True
+        return resumed
 
     def poll(self) -> bool:
         """Take arrivals, complete requests, ask the services; whether anything happened."""

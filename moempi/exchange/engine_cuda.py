@@ -123,7 +123,7 @@ class CudaEngine(Engine):
 
     def _rest(self) -> None:
         # Kernels and messages under way end within microseconds: sleeping would cost more than it saves, and a turn
-        # takes several times as long as what it is about.
+        # takes several times as long as what it is about. What is found is acted on at once.
         if self.requests or self.experts.waiting or any(self._clocks):
             self._empty_polls = self._sleeps = 0
             if self._work_ahead():
@@ -132,13 +132,14 @@ class CudaEngine(Engine):
             for _ in range(LOOKS):
                 if self._look_at_clocks() or self._take_arrivals() or self.requests.test():
                     self.recorder.lap(RECEIVE)
+                    self._go_on()
                     return
                 self._note_rest()
         super()._rest()
 
     def _work_ahead(self) -> bool:
         """Do something before it is asked for, while the rank waits; whether there was anything."""
-        if self.experts.news and self._on_low_stream(self.experts.prepare):
+        if self._prepare_call():
             return True
         if not self._ahead or not any(self._clocks):  # messages take less long than kernels
             return False
@@ -249,7 +250,12 @@ class CudaEngine(Engine):
         while self._headers and self._receive(self._headers[0]):
             self._headers.popleft()
             moved = True
+        if moved:
+            self._prepare_call()  # while the rows are on their way
         return moved
+
+    def _prepare_call(self) -> bool:
+        return self.experts.news and self._on_low_stream(self.experts.prepare)
 
     def _post_header(self) -> MPI.Request:
         """A receive that is there before the next header is: one test moves it along and finds it."""

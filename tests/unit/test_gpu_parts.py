@@ -7,6 +7,8 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from moempi.errors import JobError
 from moempi.exchange import gpu_mpi
 from moempi.exchange.waiting import LONGEST, CallCost, Waiting
 from moempi.model.attention import Span
-from moempi.planning.gpu_memory import GRAPH_SHAPES
+from moempi.planning.gpu_memory import GRAPH_SHAPES, ROUND_ROWS, room_of
 
 
 def test_blocks_are_taken_first_fit_and_join_again() -> None:
@@ -191,7 +193,9 @@ def test_the_next_plan_of_a_steady_step_is_as_any(group: int) -> None:
     for step in range(150):
         spans = [Span(end + step - 1, end + step, of) for end, of in zip(ends, pages, strict=True)]
         expected = plan_step(spans, group, spare=999)
-        plan = next_plan(plan, len(ends)) if plan is not None else None
+        following = next_plan(plan, len(ends)) if plan is not None else None
+        assert plan is None or (plan.following is plan.following and (plan.following is None) == (following is None))
+        plan = following
         if plan is None:
             anew.append(step)
             plan = expected
@@ -293,6 +297,14 @@ def test_work_without_memory_for_its_recording_runs_every_time(monkeypatch: pyte
     assert [graphs.run("shape", "part", work) for _ in range(4)] == [1, 3, 4, 5]
 
 
+def test_the_rooms_of_recorded_calls_are_few_and_large_enough() -> None:
+    rooms = [room_of(rows) for rows in range(1, 3000)]
+    assert all(0 <= room - rows < ROUND_ROWS for rows, room in enumerate(rooms, start=1)), rooms
+    assert len(set(rooms)) == 7
+    for around in (512, 1024, 2048):
+        assert len({room_of(around + off) for off in range(-200, 201)}) == 1, "what varies a little stays in its room"
+
+
 CALL, SLOT, FEW = 200_000, 1_000, 512
 LAYERS = 6
 COSTS = {layer: CallCost(CALL, SLOT, FEW) for layer in range(LAYERS)}
@@ -388,6 +400,22 @@ def test_of_two_layers_each_is_behind_the_other() -> None:
     waiting.take(8, {}, now=2)
     waiting.add(3, home=1, rows=1, slots=1, now=3)
     assert waiting.choose(3) is None, "home 0 begins its next step"
+
+
+def test_rows_on_their_way_make_a_call_whole_once_nobody_else_is_expected() -> None:
+    def coming(*homes: int, rows: int = 1) -> list[Any]:
+        return [SimpleNamespace(source=home, left=rows) for home in homes]
+
+    waiting = Waiting(COSTS)
+    assert not waiting.is_whole_with(0, coming(0)), "nothing waits for them"
+    for home in (0, 1, 2):
+        waiting.add(0, home, rows=1, slots=1, now=0)
+    assert waiting.is_whole_with(0, coming(1)), "they have been here"
+    assert not waiting.is_whole_with(0, coming(1, rows=FEW - 3)), "not few any more"
+    waiting.take(0, {}, now=0)
+    waiting.add(1, home=0, rows=1, slots=1, now=1)
+    assert not waiting.is_whole_with(1, coming(1)), "home 2 is expected"
+    assert waiting.is_whole_with(1, coming(1, 2))
 
 
 def test_what_stands_in_the_way_waits_no_longer() -> None:
