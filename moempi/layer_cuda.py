@@ -5,9 +5,10 @@ A steady step, one token of each sequence, has a way of its own (`pass_steady`),
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property, partial
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,8 +100,7 @@ class CudaForward(Forward):
         """Next token and its log-probability, for every sequence in `step.choosing`."""
         there = self.on_gpu(step)
         if there.buffers is not None:
-            look_ahead = partial(self.look_ahead, step, there.buffers)
-            self.engine.meanwhile(step.microbatch, lambda: there.host.following, look_ahead)
+            self.engine.meanwhile(step.microbatch, *self.look_ahead(step, there.buffers))
         return await super().__call__(there)
 
     def on_gpu(self, step: Step) -> CudaStep:
@@ -124,13 +124,20 @@ class CudaForward(Forward):
             buffers.last = made
         return made
 
-    def look_ahead(self, step: Step, buffers: StepBuffers) -> None:
-        """Put together what the next step of the same sequences tells the kernels; its tokens are not known yet."""
-        plan = step.plan.following
-        if plan is not None:
-            tensors = for_kernels(replace(step, plan=plan))
-            words = staged(tensors)
-            buffers.ahead = Ahead(plan, words, views(tensors, words)["tokens"])
+    def look_ahead(self, step: Step, buffers: StepBuffers) -> tuple[Callable[[], Any], ...]:
+        """What puts together what the next step of the same sequences tells the kernels, but its tokens; in pieces."""
+        tensors: dict[str, Tensor] = {}
+
+        def collect() -> None:
+            if step.plan.following is not None:
+                tensors.update(for_kernels(replace(step, plan=step.plan.following)))
+
+        def stage() -> None:
+            if tensors:
+                words = staged(tensors)
+                buffers.ahead = Ahead(step.plan.following, words, views(tensors, words)["tokens"])
+
+        return lambda: step.plan.following, collect, stage
 
     def buffers_of(self, microbatch: int) -> StepBuffers:
         """Memory of a microbatch's steady steps, made when the first one comes."""

@@ -99,6 +99,7 @@ class CudaEngine(Engine):
         self._next_header = self._post_header()
         self._wanting_room: list[Future] = []
         self._ahead: dict[int, deque[Callable[[], Any]]] = {}  # by microbatch, what may be done ahead of its time
+        self._is_ahead = False  # since the GPU was last heard of
         self._counts: dict[tuple[int, int], Tensor] = {}
 
     def _carrier(self, comm: MPI.Intracomm, copies: Copies | None) -> Carrier:
@@ -141,8 +142,10 @@ class CudaEngine(Engine):
         """Do something before it is asked for, while the rank waits; whether there was anything."""
         if self._prepare_call():
             return True
-        if not self._ahead or not any(self._clocks):  # messages take less long than kernels
+        # Messages take less long than kernels, and what two kernels take is too long for one.
+        if not self._ahead or self._is_ahead or not any(self._clocks):
             return False
+        self._is_ahead = True
         microbatch, works = next(iter(self._ahead.items()))
         works.popleft()()
         if not works:
@@ -150,7 +153,7 @@ class CudaEngine(Engine):
         return True
 
     def meanwhile(self, microbatch: int, *works: Callable[[], Any]) -> None:
-        """What may be done while the GPU computes, one after the other, in the place of what was named here before."""
+        """What may be done while the GPU computes, one work in a wait, in the place of what was named here before."""
         self._ahead[microbatch] = deque(works)
 
     # ------------------------------------------------------------ what the GPU does
@@ -160,6 +163,8 @@ class CudaEngine(Engine):
         for clock in self._clocks:
             if clock:
                 moved = clock.look() or moved
+        if moved:
+            self._is_ahead = False
         return moved
 
     async def passed(self) -> None:
