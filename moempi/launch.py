@@ -40,7 +40,8 @@ _POLL = 0.05
 # A signal that mpirun gets while it starts may end it, or be lost on the way to ranks that are not there yet: the first
 # is passed on no sooner than this after its start (seconds), and while ranks may still be starting again and again.
 _SETTLED, _STARTING, _AGAIN = 1.0, 10.0, 1.0
-_SESSION_FOLDER = "PRTE_MCA_prte_local_tmpdir_base"  # of mpirun itself; daemons of other nodes have their own
+# The variable that names a folder for mpirun itself; its daemons on other nodes have their own.
+_SESSION_VARIABLE, _SESSION_PREFIX = "PRTE_MCA_prte_local_tmpdir_base", "moempi-mpirun-"
 
 
 def this_program(*arguments: str) -> list[str]:
@@ -74,7 +75,8 @@ def launch(
     starter = find_mpirun(mpirun, os.environ)
     options = mpirun_options(version(starter), n_ranks, os.environ, starter[1:])
     line = [*starter, *options, "-n", str(n_ranks), *command]
-    with _trap() as received, session_folder(child_environment(os.environ, os.geteuid() == 0)) as environ:
+    environ = child_environment(os.environ, os.geteuid() == 0)
+    with _trap() as received, session_folder(starter, environ) as environ:
         if drain is not None and drain.requested:
             _say("moempi: told to stop before any rank was started")
             return drain.exit_code
@@ -145,20 +147,49 @@ def child_environment(environ: Mapping[str, str], as_root: bool) -> dict[str, st
 
 
 @contextmanager
-def session_folder(environ: Mapping[str, str]) -> Iterator[dict[str, str]]:
+def session_folder(starter: Sequence[str], environ: Mapping[str, str]) -> Iterator[dict[str, str]]:
     """The environment with a folder for what Open MPI's mpirun keeps while it runs here, which is gone afterwards.
 
     Its own choice is named after its process, and it ends at once where one that was killed had the same number and
-    left its folder behind: numbers come again. A choice of the user's stays.
+    left its folder behind: numbers come again. A choice of the user's or the site's stays. The folder stays where this
+    process is killed.
+
+    Args:
+        starter: the command that starts ranks, with its options.
+
+    Raises:
+        JobError: no folder can be made.
     """
-    if any(name.endswith("tmpdir_base") for name in environ):
-        yield dict(environ)
+    environ = dict(environ)
+    if Path(environ.get(_SESSION_VARIABLE, "")).name.startswith(_SESSION_PREFIX):
+        del environ[_SESSION_VARIABLE]  # it is that of a launch around this one
+    if _is_folder_chosen(starter, environ):
+        yield environ
         return
-    folder = tempfile.mkdtemp(prefix="moempi-mpirun-")
     try:
-        yield {**environ, _SESSION_FOLDER: folder}
+        folder = tempfile.mkdtemp(prefix=_SESSION_PREFIX)
+    except OSError as error:
+        raise JobError(f"no folder for mpirun can be made: {error}; set TMPDIR to one that can be written") from error
+    try:
+        yield {**environ, _SESSION_VARIABLE: folder}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_folder_chosen(starter: Sequence[str], environ: Mapping[str, str]) -> bool:
+    """Whether an option, a variable or a file of Open MPI's says where mpirun keeps what it needs.
+
+    It does not start where two of them say so in different ways.
+    """
+    home, program = environ.get("HOME"), shutil.which(starter[0], path=environ.get("PATH"))
+    files = [Path(home) / name / "mca-params.conf" for name in (".prte", ".openmpi")] if home else []
+    if program:
+        files += [Path(program).parent.parent / "etc" / f"{name}-mca-params.conf" for name in ("prte", "openmpi")]
+    said = [*starter[1:], *environ]
+    for file in files:
+        with suppress(OSError):
+            said += [line.partition("#")[0] for line in file.read_text(errors="replace").splitlines()]
+    return any("tmpdir_base" in text for text in said)
 
 
 # --- start, watch, end -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from moempi.exchange.engine import Engine
 from moempi.exchange.relay import Relay
 from moempi.exchange.tasks import PAUSE
 from moempi.model.cache import KVCache
-from moempi.model.gate import Route
+from moempi.model.gate import Route, greedy
 from moempi.model.network import Layer, Network
 from moempi.stages import ATTEND, COMBINE, DENSE, EMBED, GATE, HEAD, PROJECT
 
@@ -159,7 +159,7 @@ class CpuForward(Forward):
         logprobs: list[float] = []
 
         def take(lo: int, hi: int) -> None:
-            best, scores = self.network.device.greedy(self.network.logits(x[step.last[lo:hi]]))
+            best, scores = greedy(self.network.logits(x[step.last[lo:hi]]))
             tokens.extend(best.tolist())
             logprobs.extend(scores.tolist())
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from moempi.exchange.engine_cuda import CudaEngine
 from moempi.layer import Forward
 from moempi.model.gate import Route
 from moempi.model.network import Layer
-from moempi.stages import ATTEND, COMBINE, DENSE, EMBED, GATE, HEAD
+from moempi.stages import ATTEND, COMBINE, COMPOSE, DENSE, EMBED, GATE, HEAD
 
 
 class StepBuffers:
@@ -47,8 +47,9 @@ class StepBuffers:
         self.places = torch.empty(rows, top_k, dtype=torch.int32, device=device)
         self.weights = torch.empty(rows, top_k, dtype=torch.float32, device=device)
         self.step = torch.empty(0, dtype=torch.int64, device=device)
-        self.last: CudaStep | None = None
+        self.last: CudaStep | None = None  # the last that was not put together ahead
         self.ahead: Ahead | None = None
+        self.steps_ahead = 0  # that were
         self.graphs = Graphs()
 
     def room_for_step(self, words: int) -> Tensor:
@@ -99,8 +100,7 @@ class CudaForward(Forward):
     async def __call__(self, step: Step) -> tuple[list[int], list[float]]:
         """Next token and its log-probability, for every sequence in `step.choosing`."""
         there = self.on_gpu(step)
-        if there.buffers is not None:
-            self.engine.meanwhile(step.microbatch, *self.look_ahead(step, there.buffers))
+        self.engine.meanwhile(step.microbatch, *self.look_ahead(step, there.buffers))
         return await super().__call__(there)
 
     def on_gpu(self, step: Step) -> CudaStep:
@@ -111,8 +111,8 @@ class CudaForward(Forward):
             _, words, tokens = buffers.ahead
             tokens.copy_(step.tokens)
             buffers.step[: len(words)].copy_(words, non_blocking=True)
-            buffers.last = replace(buffers.last, number=step.number, host=plan)
-            return buffers.last
+            buffers.steps_ahead += 1
+            return replace(buffers.last, number=step.number, host=plan, buffers=buffers)
         tensors = for_kernels(step)
         n = words_of(tensors)
         memory = buffers.room_for_step(n) if buffers else torch.empty(n, dtype=torch.int64, device=device)
@@ -121,15 +121,21 @@ class CudaForward(Forward):
         mine = {name: there.pop(name) for name in ("tokens", "last", "turns")}
         made = CudaStep(**kept, **mine, plan=replace(plan, **there), host=plan, buffers=buffers)  # type: ignore[arg-type]
         if buffers:
-            buffers.last = made
+            buffers.last = replace(made, buffers=None)  # no circle, which would keep memory of the GPU
         return made
 
-    def look_ahead(self, step: Step, buffers: StepBuffers) -> tuple[Callable[[], Any], ...]:
-        """What puts together what the next step of the same sequences tells the kernels, but its tokens; in pieces."""
+    def look_ahead(self, step: Step, buffers: StepBuffers | None) -> list[Callable[[], None]]:
+        """What puts together what the next steady step of the same sequences tells the kernels, in three works."""
+        if buffers is None:
+            return []
         tensors: dict[str, Tensor] = {}
+
+        def plan() -> None:
+            _ = step.plan.following
 
         def collect() -> None:
             if step.plan.following is not None:
+                # Of its tokens it is known how many they are: this step's stand for them.
                 tensors.update(for_kernels(replace(step, plan=step.plan.following)))
 
         def stage() -> None:
@@ -137,7 +143,11 @@ class CudaForward(Forward):
                 words = staged(tensors)
                 buffers.ahead = Ahead(step.plan.following, words, views(tensors, words)["tokens"])
 
-        return lambda: step.plan.following, collect, stage
+        def noted(work: Callable[[], None]) -> None:
+            work()
+            self.lap(COMPOSE, -1, step, 0)
+
+        return [partial(noted, work) for work in (plan, collect, stage)]
 
     def buffers_of(self, microbatch: int) -> StepBuffers:
         """Memory of a microbatch's steady steps, made when the first one comes."""

@@ -25,7 +25,7 @@ from moempi.device.kernels.compiled import has_wide_product
 from moempi.device.telling import telling_product
 from moempi.errors import MoempiError
 from moempi.model.config import is_small, is_small_expert
-from moempi.model.gate import Route, greedy
+from moempi.model.gate import Route
 
 TILE_ROWS = 16  # rows of a tile, and the multiple that features are padded to, where products are not packed
 PACK_ROWS = 16  # the row count that oneDNN chooses its blocking for; part of the bits
@@ -149,14 +149,6 @@ class Cpu:
     def place(self, tensor: Tensor) -> Tensor:
         """A tensor on this device: as it is."""
         return tensor
-
-    def greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Best token and its log-probability.
-
-        Raises:
-            MoempiError: a score is not a number.
-        """
-        return greedy(logits)
 
     def linear(self, weight: Tensor) -> Product:
         """A product with `weight` [O, I]: of the kind that the test chose where it is large."""

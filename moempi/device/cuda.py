@@ -133,10 +133,6 @@ class Cuda:
         """The K best experts of logits [T, E] float32; experts are int32 here."""
         return Route(*cuda_rows.choose_experts(logits, top_k, normalize))
 
-    def greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Best token and its log-probability; the latter is no number where a score is not finite."""
-        return cuda_rows.greedy(logits)
-
 
 @lru_cache(maxsize=256)
 def row_is_independent(shape: tuple[int, int, torch.dtype], device: torch.device) -> bool:

@@ -168,7 +168,7 @@ class Stack:
         table = self._scratch.table(sum(sizes), self.gate_up)
         scratch = self._scratch.take(room, width + hidden, self.gate_up)
         if len(given) <= WORDS:
-            put_words(given, table.data_ptr())
+            put_words(given, table)
         else:
             put(np.array(given, dtype=np.int64), table)
 

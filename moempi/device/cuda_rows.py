@@ -192,9 +192,9 @@ def row_tables(
     _kernel("row_tables", 9)(shape[0] * shape[1], 128, values)
 
 
-def put_words(values: list[int], address: int) -> None:
-    """At most `WORDS` integers to an address on the GPU, int64, in the order of the current stream."""
-    _kernel("put_words", 3, WORDS)(1, 128, [address, len(values), *values])
+def put_words(values: list[int], table: Tensor) -> None:
+    """At most `WORDS` integers to the begin of flat int64 memory on the GPU, in the order of the current stream."""
+    _kernel("put_words", 3, WORDS)(1, 128, [table.data_ptr(), len(values), *values])
 
 
 def greedy(logits: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

@@ -61,6 +61,3 @@ class Device(Protocol):
 
     def choose_experts(self, logits: Tensor, top_k: int, normalize: bool) -> Route:
         """The K best experts of logits [T, E] float32."""
-
-    def greedy(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Best token and its log-probability, of logits [S, V] float32."""

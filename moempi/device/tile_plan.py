@@ -38,7 +38,7 @@ class TilePlan(AttentionPlan):
     @cached_property
     def following(self) -> TilePlan | None:
         """The plan of the step of the same sequences that follows, as `next_plan` makes it; made once."""
-        return next_plan(self, self.n_steady)
+        return next_plan(self)
 
     def tensors(self) -> dict[str, Tensor]:
         """What kernels read, by name."""
@@ -74,13 +74,14 @@ def plan_step(spans: Sequence[Span], group: int, spare: int, wide: int = TILE) -
     return replace(plan, pages=F.pad(plan.pages, (0, -columns % COLUMNS)), steady=True, n_steady=n)
 
 
-def next_plan(plan: TilePlan, n: int) -> TilePlan | None:
-    """The plan of the step that follows a steady one of the same n sequences, as `plan_step` would make it.
+def next_plan(plan: TilePlan) -> TilePlan | None:
+    """The plan of the step that follows a steady one of the same sequences, as `plan_step` would make it.
 
     None where one is not steady, or a position lies on a page that the plan does not know.
     """
     if not plan.steady:
         return None
+    n = plan.n_steady
     # Arrays: so small, they take half of the time that tensors do, once a step for all layers.
     tiles, rows, lines, pages = (t.numpy() for t in (plan.tiles, plan.row_positions, plan.lines, plan.pages))
     mine = tiles[:, 3:] < n  # tiles that are not of padding

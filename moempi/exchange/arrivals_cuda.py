@@ -28,7 +28,7 @@ def call_cost(slots: int, nbytes: int) -> CallCost:
 
 
 class Prepared(NamedTuple):
-    """A call that is launched as soon as all of its rows are here."""
+    """A call that is launched if the next one is of just these arrivals."""
 
     arrivals: list[Arrival]
     launch: Callable[[], None]
@@ -43,6 +43,7 @@ class CudaExperts(Experts):
 
     Attributes:
         in_flight: calls that have been launched and not ended.
+        calls_prepared: calls that were prepared before the last of their rows were here.
         news: whether anything came, or is on its way, since `prepare` was asked.
     """
 
@@ -54,7 +55,7 @@ class CudaExperts(Experts):
         self._prepared: Prepared | None = None
         self.news = False
         self.waiting = Waiting({n: call_cost(layer.slots, layer.nbytes) for n, layer in layers.items()})
-        self.in_flight = 0
+        self.in_flight = self.calls_prepared = 0
 
     def __bool__(self) -> bool:
         if not self.waiting or self.in_flight >= CALLS_AHEAD:
@@ -87,12 +88,14 @@ class CudaExperts(Experts):
     def prepare(self) -> bool:
         """Prepare the call of a layer whose last rows are on their way, if it is one of few rows; whether it did.
 
-        What such a call takes the host, which is as long as any, is done then when they are here.
+        The host has done its part of the call then before the last rows are here.
         """
         self.news = False
         for layer, coming in self._coming.items():
             if coming and self.waiting.is_whole_with(layer, coming):
                 arrivals = [*self._arrivals[layer], *coming]
+                if self._prepared and set(self._prepared.arrivals) == set(arrivals):
+                    return False
                 self._prepared = Prepared(arrivals, self._layers[layer].prepare(_batches(arrivals), self._memory))
                 return True
         return False
@@ -118,8 +121,10 @@ class CudaExperts(Experts):
         # Whatever is launched, the scratch is another call's from now on.
         prepared, self._prepared = self._prepared, None
         if prepared and set(prepared.arrivals) == set(taken):
+            self.calls_prepared += 1
             prepared.launch()
         else:
+            self.news = True
             self._layers[layer].prepare(_batches(taken), self._memory)()
         for arrival in taken:
             arrival.left = 0

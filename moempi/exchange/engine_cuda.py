@@ -98,8 +98,8 @@ class CudaEngine(Engine):
         # Not among the requests, on whose end the engine waits: this one is always there.
         self._next_header = self._post_header()
         self._wanting_room: list[Future] = []
-        self._ahead: dict[int, deque[Callable[[], Any]]] = {}  # by microbatch, what may be done ahead of its time
-        self._is_ahead = False  # since the GPU was last heard of
+        self._early: dict[int, deque[Callable[[], Any]]] = {}  # by microbatch, what may be done before it is needed
+        self._did_one = False  # of these, since the GPU was last heard of
         self._counts: dict[tuple[int, int], Tensor] = {}
 
     def _carrier(self, comm: MPI.Intracomm, copies: Copies | None) -> Carrier:
@@ -120,6 +120,7 @@ class CudaEngine(Engine):
                 while any(self._clocks):
                     self._look_at_clocks()
         finally:
+            self._early.clear()
             torch.cuda.set_sync_debug_mode(before)
 
     def _rest(self) -> None:
@@ -127,8 +128,10 @@ class CudaEngine(Engine):
         # takes several times as long as what it is about. What is found is acted on at once.
         if self.requests or self.experts.waiting or any(self._clocks):
             self._empty_polls = self._sleeps = 0
-            if self._work_ahead():
-                self._note_rest()
+            if self._prepare_call():
+                self.recorder.lap(RECEIVE)
+                return
+            if self._work_early():
                 return
             for _ in range(LOOKS):
                 if self._look_at_clocks() or self._take_arrivals() or self.requests.test():
@@ -138,23 +141,23 @@ class CudaEngine(Engine):
                 self._note_rest()
         super()._rest()
 
-    def _work_ahead(self) -> bool:
-        """Do something before it is asked for, while the rank waits; whether there was anything."""
-        if self._prepare_call():
-            return True
-        # Messages take less long than kernels, and what two kernels take is too long for one.
-        if not self._ahead or self._is_ahead or not any(self._clocks):
+    def _work_early(self) -> bool:
+        """Do something before it is needed, while the rank waits for the GPU; whether there was anything."""
+        # Not while it waits for messages, which take less long; and one thing, since two take longer than kernels.
+        if not self._early or self._did_one or not any(self._clocks):
             return False
-        self._is_ahead = True
-        microbatch, works = next(iter(self._ahead.items()))
+        self._did_one = True
+        microbatch, works = next(iter(self._early.items()))
         works.popleft()()
         if not works:
-            del self._ahead[microbatch]
+            del self._early[microbatch]
         return True
 
     def meanwhile(self, microbatch: int, *works: Callable[[], Any]) -> None:
         """What may be done while the GPU computes, one work in a wait, in the place of what was named here before."""
-        self._ahead[microbatch] = deque(works)
+        self._early.pop(microbatch, None)
+        if works:
+            self._early[microbatch] = deque(works)
 
     # ------------------------------------------------------------ what the GPU does
 
@@ -164,7 +167,7 @@ class CudaEngine(Engine):
             if clock:
                 moved = clock.look() or moved
         if moved:
-            self._is_ahead = False
+            self._did_one = False
         return moved
 
     async def passed(self) -> None:

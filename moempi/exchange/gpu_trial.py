@@ -40,9 +40,9 @@ def ask(n_ranks: int, mpirun: list[str]) -> tuple[dict[str, list[float]], str]:
     line = [*mpirun, "-n", str(n_ranks), sys.executable, "-m", "moempi.exchange.gpu_trial"]
     environ = launch.child_environment(gpu_mpi.child_environment(os.environ), os.geteuid() == 0)
     try:
-        with launch.session_folder(environ) as environ:
-            done = subprocess.run(line, env=environ, capture_output=True, text=True, timeout=TIMEOUT)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        with launch.session_folder(mpirun, environ) as child:
+            done = subprocess.run(line, env=child, capture_output=True, text=True, timeout=TIMEOUT)
+    except (OSError, MoempiError, subprocess.TimeoutExpired) as error:
         return {}, f"the trial did not end: {error}"
     answers = [text for text in done.stdout.splitlines() if text.startswith("{")]
     if done.returncode or not answers:

@@ -150,7 +150,7 @@ def test_padding_is_not_sorted_packed_or_combined(
 @pytest.mark.parametrize("n", [1, 77, WORDS])
 def test_words_come_with_the_launch(n: int) -> None:
     words, there = [(-1) ** i * (2**40 + i) for i in range(n)], torch.zeros(n + 1, dtype=torch.int64, device="cuda")
-    cuda_rows.put_words(words, there.data_ptr())
+    cuda_rows.put_words(words, there)
     assert there.tolist() == [*words, 0]
 
 
@@ -201,10 +201,18 @@ def test_a_clock_calls_back_in_order_behind_the_work_of_its_stream() -> None:
     assert called == [(i, True) for i in range(50)]
 
 
+@pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("s,v", [(1, 1), (3, 37), (65, 1024), (5, 151936)])
-def test_greedy(random: torch.Generator, s: int, v: int) -> None:
-    logits = draw(random, s, v) * 5
-    tokens, logprobs = cuda_rows.greedy(logits)
+def test_greedy(random: torch.Generator, s: int, v: int, pinned: bool) -> None:
+    """Into memory of the GPU, or of the host."""
+    logits, out = draw(random, s, v) * 5, None
+    if pinned:
+        types = torch.int64, torch.float32
+        out = tuple(torch.full((s,), -1, dtype=dtype).pin_memory() for dtype in types)
+    found = cuda_rows.greedy(logits, out)
+    torch.cuda.synchronize()
+    assert out is None or found is out
+    tokens, logprobs = (tensor.to("cuda") for tensor in found)
     assert torch.equal(tokens, logits.argmax(-1))
     expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.unsqueeze(1)).squeeze(1)
     assert (logprobs.double() - expected).abs().max() < 1e-5
@@ -308,12 +316,14 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_call_is_prepared_while_its_rows_are_on_their_way(random: torch.Generator, dtype: torch.dtype) -> None:
+def test_a_call_is_prepared_while_its_rows_are_on_their_way(
+    random: torch.Generator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
     """As prepared, or with fewer rows or behind another layer's call, for which what was prepared does not hold."""
     d, hidden, n_slots, counts = 64, 32, 3, [(2, 0, 3), (1, 4, 0), (0, 0, 6)]
     sizes = draw(random, n_slots, 2 * hidden, d, dtype=dtype), draw(random, n_slots, d, hidden, dtype=dtype)
     scratch = Scratch()
-    layers = {n: Stack(gate_up, down, exact=True, scratch=scratch) for n, (gate_up, down) in enumerate([sizes] * 2)}
+    layers = {n: Stack(*sizes, exact=True, scratch=scratch) for n in range(4)}
     total = sum(map(sum, counts))
     memory = poisoned(2 * total, d, dtype=dtype)
     rows, flat, stream = draw(random, total, d, dtype=dtype), memory.view(-1), torch.cuda.Stream()
@@ -329,6 +339,9 @@ def test_a_call_is_prepared_while_its_rows_are_on_their_way(random: torch.Genera
             lo, n = begins[one.source], len(one.rows)
             memory[lo : lo + n].copy_(rows[lo : lo + n])
             experts.add(one)
+
+    def nothing_prepared(*_: object) -> None:
+        raise AssertionError("the call was there already")
 
     def served(experts: CudaExperts) -> list[int]:
         memory[total:] = torch.nan
@@ -355,21 +368,30 @@ def test_a_call_is_prepared_while_its_rows_are_on_their_way(random: torch.Genera
             land(experts, first)
             experts.announce(third)
             assert experts.prepare() and not experts.news
-            land(experts, third, second)
-            assert served(experts) == [0, 2, 1] and all(map(torch.equal, answers(0, 1, 2), expected))
+            land(experts, third)
+            assert experts.news and not experts.prepare(), "the same rows, of which some are here now"
+            land(experts, second)
+            with monkeypatch.context() as patch:
+                patch.setattr(Stack, "prepare", nothing_prepared)
+                assert served(experts) == [0, 2, 1]
+            assert all(map(torch.equal, answers(0, 1, 2), expected))
         first, second, third = arrival(0, 0), arrival(1, 0), arrival(2, 1)
         land(experts, first)
         experts.announce(second)
         assert experts.prepare()
         assert served(experts) == [0] and torch.equal(*answers(0), expected[0]), "fewer"
-        land(experts, first)
-        assert experts.prepare()
-        land(experts, third)
-        experts.waiting.hurry()
-        assert [served(experts), served(experts)] == [[0], [2]]
-        assert torch.equal(*answers(2), expected[2]), "another layer"
         land(experts, second)
         assert served(experts) == [1] and torch.equal(*answers(1), expected[1])
+        land(experts, third)
+        first, second = arrival(0, 0), arrival(1, 0)
+        land(experts, first)
+        experts.announce(second)
+        assert experts.prepare()
+        experts.waiting.hurry()
+        assert served(experts) == [2] and torch.equal(*answers(2), expected[2]), "another layer"
+        assert experts.news, "what was prepared is no more"
+        land(experts, second)
+        assert served(experts) == [0, 1] and all(map(torch.equal, answers(0, 1), expected[:2]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,16 +7,15 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from moempi import launch
 
 PROGRAMS = Path(__file__).parent / "programs"
-_SESSIONS = tempfile.TemporaryDirectory(prefix="moempi-mpiruns-")  # of each mpirun a folder, as the launcher gives it
 
 
 @dataclass(frozen=True)
@@ -34,9 +33,11 @@ class Running:
 
     def __init__(self, command: list[str], env: dict[str, str] | None = None) -> None:
         self.begin = time.monotonic()
+        environ = launch.child_environment({**os.environ, **(env or {})}, as_root=os.geteuid() == 0)
+        self._folder = ExitStack()  # of an mpirun that is started without the launcher, which has its own
         self.process = subprocess.Popen(
             command,
-            env=launch.child_environment({**os.environ, **(env or {})}, as_root=os.geteuid() == 0),
+            env=self._folder.enter_context(launch.session_folder(command, environ)),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -103,14 +104,14 @@ class Running:
             except ProcessLookupError:
                 continue
         self.process.wait()
+        self._folder.close()
 
 
 def mpirun_line(n_ranks: int, command: list[str]) -> list[str]:
     """The command line that runs `command` on so many ranks of this machine."""
     starter = launch.find_mpirun(None, os.environ)
     version = subprocess.run([starter[0], "--version"], capture_output=True, text=True, check=True).stdout
-    session = ["--prtemca", "prte_local_tmpdir_base", tempfile.mkdtemp(dir=_SESSIONS.name)]
-    return [*starter, *session, *launch.mpirun_options(version, n_ranks, {}), "-n", str(n_ranks), *command]
+    return [*starter, *launch.mpirun_options(version, n_ranks, {}), "-n", str(n_ranks), *command]
 
 
 def program(name: str, *arguments: str) -> list[str]:

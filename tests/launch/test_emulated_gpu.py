@@ -5,7 +5,9 @@ Steady steps, recordings, messages, streams, memory: the jobs and checks are tho
 
 from __future__ import annotations
 
+import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,11 @@ def test_the_bits_do_not_depend_on_cuts(runs: Runs, dtype: str) -> None:
 @pytest.mark.parametrize("cpu,gpu", [("cpu", "one"), ("cpu", "four"), ("cpu-leaves", "leaves-cut")])
 def test_tokens_are_those_of_the_cpu(runs: Runs, cpu: str, gpu: str) -> None:
     check_tokens(runs, "float32-0", cpu, gpu)
+
+
+def test_calls_and_steps_are_put_together_early(runs: Runs) -> None:
+    """Else the others say nothing of it."""
+    folder = next(iter(runs.outputs.values())).parent
+    told = [Counter(json.loads(file.read_text())) for file in folder.glob("*/*.early-*.json")]
+    counts = sum(told, Counter())
+    assert counts["calls_prepared"] > 0 and counts["steps_ahead"] > 0, counts

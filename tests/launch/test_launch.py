@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -105,6 +106,37 @@ def test_options_fit_the_library() -> None:
     assert launch.mpirun_options(MPICH, 16, {}) == []
     assert launch.mpirun_options(OPEN_MPI, 16, {"SLURM_JOB_ID": "1"}) == ["--bind-to", "none"]
     assert launch.mpirun_options(OPEN_MPI, 16, {"SLURM_JOB_ID": "1"}, ["--bind-to", "numa"]) == []
+
+
+def test_an_mpirun_has_a_folder_of_its_own_where_nobody_has_chosen_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    starter, variable = [executable(tmp_path / "bin" / "mpirun")], "PRTE_MCA_prte_local_tmpdir_base"
+    environ = {"HOME": str(tmp_path), "A": "b"}
+    with launch.session_folder(starter, environ) as given:
+        outer = Path(given[variable])
+        assert given == {**environ, variable: str(outer)} and outer.is_dir()
+        with launch.session_folder(starter, given) as inner:
+            assert Path(inner[variable]).is_dir() and inner[variable] != given[variable], "a launch inside a launch"
+    assert not outer.exists()
+    chosen = {**environ, "PRTE_MCA_prte_tmpdir_base": "/scratch"}
+    with launch.session_folder(starter, chosen) as given:
+        assert given == chosen
+    with launch.session_folder([*starter, "--prtemca", "prte_tmpdir_base", "/scratch"], environ) as given:
+        assert given == environ
+    for file in (tmp_path / ".prte" / "mca-params.conf", tmp_path / "etc" / "openmpi-mca-params.conf"):
+        file.parent.mkdir()
+        file.write_text("# prte_tmpdir_base = /nowhere\n")
+        with launch.session_folder(starter, environ) as given:
+            assert variable in given
+        file.write_text("prte_tmpdir_base = /scratch  # ours\n")
+        with launch.session_folder(starter, environ) as given:
+            assert given == environ
+        file.unlink()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(JobError, match="set TMPDIR"), launch.session_folder(starter, environ):
+        pass
 
 
 def test_consent_is_given_for_root_only() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from moempi.batch import Sequence, Step, chunk_sizes, compose, go_on
-from moempi.device.tile_plan import next_plan as next_plan_on_gpu
 from moempi.device.tile_plan import plan_step
 from moempi.errors import JobError
 from moempi.model.attention import next_plan, plan_attention
@@ -53,7 +52,9 @@ def same(found: Step, expected: Step) -> bool:
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
-@pytest.mark.parametrize("plan,then", [(plan_attention, next_plan), (partial(plan_step, spare=99), next_plan_on_gpu)])
+@pytest.mark.parametrize(
+    "plan,then", [(plan_attention, next_plan), (partial(plan_step, spare=99), lambda plan, _: plan.following)]
+)
 def test_a_step_goes_on_with_the_last_one(plan: Any, then: Any) -> None:
     """As long as its sequences are the same, of which each had one token, and known pages are enough."""
     made = [Sequence(i, [1] * n, n, 200, pages=[i, 10 + i, 20 + i], cached=n - 1) for i, n in enumerate((3, 60, 9))]

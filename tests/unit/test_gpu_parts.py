@@ -21,7 +21,7 @@ from moempi.device.cuda_binding import gpu_index, installed_cupys, refuse_alloca
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.product_tiles import tile_for
 from moempi.device.telling import telling_cache
-from moempi.device.tile_plan import for_kernels, next_plan, plan_step, plan_tiles
+from moempi.device.tile_plan import for_kernels, plan_step, plan_tiles
 from moempi.errors import JobError
 from moempi.exchange import gpu_mpi
 from moempi.exchange.waiting import LONGEST, CallCost, Waiting
@@ -193,9 +193,7 @@ def test_the_next_plan_of_a_steady_step_is_as_any(group: int) -> None:
     for step in range(150):
         spans = [Span(end + step - 1, end + step, of) for end, of in zip(ends, pages, strict=True)]
         expected = plan_step(spans, group, spare=999)
-        following = next_plan(plan, len(ends)) if plan is not None else None
-        assert plan is None or (plan.following is plan.following and (plan.following is None) == (following is None))
-        plan = following
+        plan = plan.following if plan is not None else None
         if plan is None:
             anew.append(step)
             plan = expected
@@ -205,7 +203,7 @@ def test_the_next_plan_of_a_steady_step_is_as_any(group: int) -> None:
             assert torch.equal(found, wanted) and found.dtype == wanted.dtype and found.is_contiguous(), name
         assert plan.steady and plan.group == group
     assert anew == [0, 13, 77, 141], "513 positions do not fit eight pages"
-    assert next_plan(plan_tiles(spans, group), len(ends)) is None, "not steady"
+    assert plan_tiles(spans, group).following is None, "not steady"
 
 
 def test_what_recordings_read_lies_at_the_same_places_for_every_number_of_sequences_of_a_shape() -> None:
