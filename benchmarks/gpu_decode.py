@@ -2,16 +2,18 @@
 
     python -m moempi.launch -n 2 -- python benchmarks/gpu_decode.py --out FILE        # under two minutes on two GPUs
 
-The layers are those of whole_job.py, with 128 prompts for each GPU. After the jobs that are timed one runs with the
-engine's methods wrapped; between two of them lies what the first one's name stands for and the wait for the second.
-Attention's graph comes behind "answers are back", that of an expert call behind "expert call"; from "graph" to
-"replayed" is both. Wrapping costs a microsecond a call.
+The layers are those of whole_job.py, with 128 prompts for each GPU. After the jobs that are timed one runs with some
+methods wrapped; between two of them lies what the first one's name stands for and the wait for the second. Attention's
+graph comes behind "answers are back", that of an expert call behind "expert call" or "call put together"; from "graph"
+to "replayed" is both. Wrapping costs a microsecond a call. Beside it: how many expert calls were put together before
+their rows were there, and how many recordings were made and what they took.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import itertools
 import json
 import sys
@@ -29,16 +31,21 @@ from moempi import mpi
 from moempi.cli.measuring import start_mpi
 
 LAYERS, PROMPTS = 8, 128
-# Of the engine, the forward pass and the graphs: what is noted when a method is called, and when it has returned.
+# By module and class, what is noted when a method is called, and when it has returned.
 NOTED = {
-    ("CudaEngine", "counts"): ("packed", ""),
-    ("CudaEngine", "send"): ("send", "sent"),
-    ("CudaEngine", "_receive"): ("header is here", ""),
-    ("CudaEngine", "_landed"): ("rows are here", ""),
-    ("CudaEngine", "serve"): ("expert call", "launched"),
-    ("CudaEngine", "_served"): ("computed", ""),
-    ("CudaEngine", "_answered"): ("answer is here", ""),
-    ("Graphs", "run"): ("graph", "replayed"),
+    ("exchange.engine_cuda.CudaEngine", "counts"): ("packed", ""),
+    ("exchange.engine_cuda.CudaEngine", "send"): ("send", "sent"),
+    ("exchange.engine_cuda.CudaEngine", "_receive"): ("header is here", ""),
+    ("exchange.engine_cuda.CudaEngine", "_landed"): ("rows are here", ""),
+    ("exchange.engine_cuda.CudaEngine", "serve"): ("expert call", "launched"),
+    ("exchange.engine_cuda.CudaEngine", "_served"): ("computed", ""),
+    ("exchange.engine_cuda.CudaEngine", "_answered"): ("answer is here", ""),
+    ("device.cuda_experts.Stack", "prepare"): ("put call together", "call put together"),
+    ("device.cuda_graphs.Graphs", "run"): ("graph", "replayed"),
+    ("layer_cuda.CudaForward", "combine_steady"): ("end of step", "combined"),
+    ("layer_cuda.CudaForward", "on_gpu"): ("step to GPU", "step is on GPU"),
+    ("home.Home", "accept"): ("tokens are here", "accepted"),
+    ("home.Home", "next_step"): ("next step", "step is made"),
 }
 
 Events = list[tuple[int, str]]  # (ns, what)
@@ -97,31 +104,61 @@ def measure(world: Any, folder: Path, prompts: int, given: argparse.Namespace) -
 
     # Each once before it counts: kernels are compiled for their shapes.
     seconds = {name: [seconds_of(name) for _ in range(3)][1:] for name in ("prefill", "whole")}
-    events = world.gather([] if given.small else watched(lambda: seconds_of("whole")), root=0)
+    counted = {} if given.small else counts_of(lambda: seconds_of("whole"))
+    events = [] if given.small else watched(lambda: seconds_of("whole"))
+    gathered = world.gather((events, counted), root=0)
     if world.rank:
         return {}
     step = (min(seconds["whole"]) - min(seconds["prefill"])) / (given.new_tokens - 1)
-    ranks = [intervals(of_rank) for of_rank in events]
-    return {"seconds": seconds, "us_a_step_and_layer": 1e6 * step / LAYERS, "ranks": ranks}
+    ranks = [intervals(of_rank) for of_rank, _ in gathered]
+    counts = [of_rank for _, of_rank in gathered]
+    return {"seconds": seconds, "us_a_step_and_layer": 1e6 * step / LAYERS, "counts": counts, "ranks": ranks}
+
+
+def counts_of(work: Any) -> dict[str, float]:
+    """Of this rank, while it worked: expert calls, those put together early, recordings, and their seconds."""
+    from moempi.device.cuda_graphs import Graphs
+    from moempi.exchange.arrivals_cuda import CudaExperts
+
+    found: dict[str, float] = dict.fromkeys(("calls", "calls_prepared", "recordings", "seconds_of_recordings"), 0)
+    serve, record = CudaExperts.serve, Graphs._record
+
+    def served(experts: CudaExperts, most_rows: int) -> Any:
+        before = experts.calls_prepared
+        result = serve(experts, most_rows)
+        found["calls"] += 1
+        found["calls_prepared"] += experts.calls_prepared - before
+        return result
+
+    def recorded(graphs: Graphs, work: Any) -> Any:
+        begin = time.perf_counter()
+        result = record(graphs, work)
+        found["recordings"] += 1
+        found["seconds_of_recordings"] += time.perf_counter() - begin
+        return result
+
+    CudaExperts.serve, Graphs._record = served, recorded  # type: ignore[method-assign]
+    work()
+    CudaExperts.serve, Graphs._record = serve, record  # type: ignore[method-assign]
+    return found
 
 
 def watched(work: Any) -> Events:
     """What happened on this rank while it worked."""
-    import moempi.device.cuda_graphs as graphs
-    import moempi.exchange.engine_cuda as engine
-    import moempi.layer_cuda as layer
+    from moempi.layer_cuda import CudaForward
 
     events: Events = []
     for (owner, name), (before, after) in NOTED.items():
-        holder = getattr(engine if owner == "CudaEngine" else graphs, owner)
+        module, _, kind = owner.rpartition(".")
+        holder = getattr(importlib.import_module(f"moempi.{module}"), kind)
         setattr(holder, name, noting(getattr(holder, name), before, after, events))
-    returned = layer.CudaForward.returned
+    returned = CudaForward.returned
 
     async def wrapped(*arguments: Any) -> None:
         await returned(*arguments)
         events.append((time.perf_counter_ns(), "answers are back"))
 
-    layer.CudaForward.returned = wrapped  # type: ignore[method-assign]
+    CudaForward.returned = wrapped  # type: ignore[method-assign]
     work()
     return events
 
@@ -157,10 +194,10 @@ def intervals(events: Events) -> list[dict[str, Any]]:
 def lines(results: dict[str, Any]) -> list[str]:
     """For people."""
     said = [f"seconds {results['seconds']}", f"{results['us_a_step_and_layer']:.0f} us a layer of a step of decode"]
-    for rank, found in enumerate(results["ranks"]):
-        said += [f"rank {rank}: us a layer, times a layer", *(
-            f"  {one['from']:>16} -> {one['to']:16} {one['us_a_layer']:7.1f} {one['times_a_layer']:6.2f}"
-            for one in found[:16]
+    for rank, (found, counts) in enumerate(zip(results["ranks"], results["counts"], strict=True)):
+        said += [f"rank {rank}: {counts}; us a layer, times a layer", *(
+            f"  {one['from']:>17} -> {one['to']:17} {one['us_a_layer']:7.1f} {one['times_a_layer']:6.2f}"
+            for one in found[:24]
         )]  # fmt: skip
     return said
 
