@@ -482,9 +482,12 @@ def main() -> None:
     import run_jobs
     from mpi4py import MPI
 
+    from moempi.exchange import arrivals_cuda
     from moempi.exchange.arrivals_cuda import CudaExperts
     from moempi.layer_cuda import StepBuffers
 
+    if sys.argv[2] == "plain":
+        arrivals_cuda.CALL *= 10  # so that calls wait for rows of others, which take longer here
     made: list[Any] = []
     for kind in (CudaExperts, StepBuffers):
         kind.__init__ = noting(kind.__init__, made)  # type: ignore[method-assign]
