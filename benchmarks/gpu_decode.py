@@ -31,21 +31,24 @@ from moempi import mpi
 from moempi.cli.measuring import start_mpi
 
 LAYERS, PROMPTS = 8, 128
-# By module and class, what is noted when a method is called, and when it has returned.
+# By module and class: what is noted when a method is called, and when it has returned.
 NOTED = {
-    ("exchange.engine_cuda.CudaEngine", "counts"): ("packed", ""),
-    ("exchange.engine_cuda.CudaEngine", "send"): ("send", "sent"),
-    ("exchange.engine_cuda.CudaEngine", "_receive"): ("header is here", ""),
-    ("exchange.engine_cuda.CudaEngine", "_landed"): ("rows are here", ""),
-    ("exchange.engine_cuda.CudaEngine", "serve"): ("expert call", "launched"),
-    ("exchange.engine_cuda.CudaEngine", "_served"): ("computed", ""),
-    ("exchange.engine_cuda.CudaEngine", "_answered"): ("answer is here", ""),
-    ("device.cuda_experts.Stack", "prepare"): ("put call together", "call put together"),
-    ("device.cuda_graphs.Graphs", "run"): ("graph", "replayed"),
-    ("layer_cuda.CudaForward", "combine_steady"): ("end of step", "combined"),
-    ("layer_cuda.CudaForward", "on_gpu"): ("step to GPU", "step is on GPU"),
-    ("home.Home", "accept"): ("tokens are here", "accepted"),
-    ("home.Home", "next_step"): ("next step", "step is made"),
+    "exchange.engine_cuda.CudaEngine": {
+        "counts": ("packed", ""),
+        "send": ("send", "sent"),
+        "_receive": ("header is here", ""),
+        "_landed": ("rows are here", ""),
+        "serve": ("expert call", "launched"),
+        "_served": ("computed", ""),
+        "_answered": ("answer is here", ""),
+    },
+    "device.cuda_experts.Stack": {"prepare": ("put call together", "call put together")},
+    "device.cuda_graphs.Graphs": {"run": ("graph", "replayed")},
+    "layer_cuda.CudaForward": {
+        "combine_steady": ("end of step", "combined"),
+        "on_gpu": ("step to GPU", "step is on GPU"),
+    },
+    "home.Home": {"accept": ("tokens are here", "accepted"), "next_step": ("next step", "step is made")},
 }
 
 Events = list[tuple[int, str]]  # (ns, what)
@@ -148,10 +151,11 @@ def watched(work: Any) -> Events:
     from moempi.layer_cuda import CudaForward
 
     events: Events = []
-    for (owner, name), (before, after) in NOTED.items():
+    for owner, methods in NOTED.items():
         module, _, kind = owner.rpartition(".")
         holder = getattr(importlib.import_module(f"moempi.{module}"), kind)
-        setattr(holder, name, noting(getattr(holder, name), before, after, events))
+        for name, words in methods.items():
+            setattr(holder, name, noting(getattr(holder, name), *words, events))
     returned = CudaForward.returned
 
     async def wrapped(*arguments: Any) -> None:

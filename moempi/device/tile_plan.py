@@ -32,8 +32,12 @@ class TilePlan(AttentionPlan):
     tiles: Tensor  # [A, 4] int32: first query row, rows, pages, line of `pages`
     row_positions: Tensor  # [A, rows of a tile] int32; -1 for padding
     group: int  # query heads per key-value head
-    steady: bool = False  # one new position of every sequence, and padding behind them: shapes that come again
-    n_steady: int = 0  # of them are not padding
+    n_steady: int = 0  # sequences of a steady step, with padding behind their new positions; 0 of any other step
+
+    @property
+    def steady(self) -> bool:
+        """Whether there is one new position of every sequence, and padding behind them: shapes that come again."""
+        return self.n_steady > 0
 
     @cached_property
     def following(self) -> TilePlan | None:
@@ -71,7 +75,7 @@ def plan_step(spans: Sequence[Span], group: int, spare: int, wide: int = TILE) -
         return plan_tiles(spans, group, wide if most * group > TILE else TILE)
     plan = plan_tiles([*spans, *[Span(0, 1, (spare,))] * (-n % ROUND)], group)
     columns = plan.pages.shape[1]
-    return replace(plan, pages=F.pad(plan.pages, (0, -columns % COLUMNS)), steady=True, n_steady=n)
+    return replace(plan, pages=F.pad(plan.pages, (0, -columns % COLUMNS)), n_steady=n)
 
 
 def next_plan(plan: TilePlan) -> TilePlan | None:
