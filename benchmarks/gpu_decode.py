@@ -4,9 +4,9 @@
 
 The layers are those of whole_job.py, with 128 prompts for each GPU. After the jobs that are timed one runs with some
 methods wrapped; between two of them lies what the first one's name stands for and the wait for the second. Attention's
-graph comes behind "answers are back", that of an expert call behind "expert call" or "call put together"; from "graph"
-to "replayed" is both. Wrapping costs a microsecond a call. Beside it: how many expert calls were put together before
-their rows were there, and how many recordings were made and what they took.
+graph comes behind "answers are back", that of an expert call behind "expert call"; from "graph" to "replayed" is both.
+Wrapping costs a microsecond a call. Beside it: how many expert calls there were, how many recordings were made and what
+they took.
 """
 
 from __future__ import annotations
@@ -36,13 +36,11 @@ NOTED = {
     "exchange.engine_cuda.CudaEngine": {
         "counts": ("packed", ""),
         "send": ("send", "sent"),
-        "_receive": ("header is here", ""),
-        "_landed": ("rows are here", ""),
+        "_came": ("frame is here", "arrived"),
         "serve": ("expert call", "launched"),
         "_served": ("computed", ""),
         "_answered": ("answer is here", ""),
     },
-    "device.cuda_experts.Stack": {"prepare": ("put call together", "call put together")},
     "device.cuda_graphs.Graphs": {"run": ("graph", "replayed")},
     "layer_cuda.CudaForward": {
         "combine_steady": ("end of step", "combined"),
@@ -119,18 +117,16 @@ def measure(world: Any, folder: Path, prompts: int, given: argparse.Namespace) -
 
 
 def counts_of(work: Any) -> dict[str, float]:
-    """Of this rank, while it worked: expert calls, those put together early, recordings, and their seconds."""
+    """Of this rank, while it worked: expert calls, recordings, and their seconds."""
     from moempi.device.cuda_graphs import Graphs
     from moempi.exchange.arrivals_cuda import CudaExperts
 
-    found: dict[str, float] = dict.fromkeys(("calls", "calls_prepared", "recordings", "seconds_of_recordings"), 0)
+    found: dict[str, float] = dict.fromkeys(("calls", "recordings", "seconds_of_recordings"), 0)
     serve, record = CudaExperts.serve, Graphs._record
 
     def served(experts: CudaExperts, most_rows: int) -> Any:
-        before = experts.calls_prepared
         result = serve(experts, most_rows)
         found["calls"] += 1
-        found["calls_prepared"] += experts.calls_prepared - before
         return result
 
     def recorded(graphs: Graphs, work: Any) -> Any:

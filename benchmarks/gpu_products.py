@@ -22,12 +22,13 @@ import torch.nn.functional as F  # noqa: N812
 
 from moempi.device import cuda_experts
 from moempi.device.cuda_attention import attend
-from moempi.device.cuda_experts import Batch, Scratch, Stack
+from moempi.device.cuda_experts import Scratch, Stack
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import product
 from moempi.device.cuda_transfer import all_to_device, words_of
 from moempi.device.product_tiles import TILES, Tile, tile_for
 from moempi.device.tile_plan import TILE, WIDE_TILE, TilePlan, plan_tiles
+from moempi.exchange.arrivals import Arrival
 from moempi.model.attention import Span
 
 DTYPE = torch.bfloat16
@@ -104,7 +105,7 @@ def experts(flush: torch.Tensor) -> list[dict[str, Any]]:
             n = slots * rows
             flat = torch.randn(4 * n * d, device="cuda").to(DTYPE)
             batches = [
-                Batch(Rows(flat, home * n * d, n, d), Rows(flat, (2 + home) * n * d, n, d), (rows,) * slots)
+                Arrival(home, 0, 0, 0, *(Rows(flat, (i + home) * n * d, n, d) for i in (0, 2)), (rows,) * slots, n)
                 for home in range(2)
             ]
             us = {}

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from moempi.bench.layers_cuda import CudaLayers
 from moempi.device import cuda_rows
-from moempi.device.cuda_experts import Batch
 from moempi.device.cuda_memory import Rows
+from moempi.exchange.arrivals import Arrival
 
 
 class WithLockstep(CudaLayers):
@@ -55,9 +55,10 @@ class WithLockstep(CudaLayers):
     def _compute_slots(self, layer: int, got: list[int], slots: list[tuple[int, ...]]) -> None:
         """Rows of all ranks are the first of what lies apart, answers the next as many."""
         flat, d, total, lo, batches = self._got.view(-1), self.shape.d_model, sum(got), 0, []
-        for n, rows_per_slot in zip(got, slots, strict=True):
+        for source, (n, per_slot) in enumerate(zip(got, slots, strict=True)):
             if n:
-                batches.append(Batch(Rows(flat, lo * d, n, d), Rows(flat, (total + lo) * d, n, d), rows_per_slot))
+                places = Rows(flat, lo * d, n, d), Rows(flat, (total + lo) * d, n, d)
+                batches.append(Arrival(source, 0, layer, 0, *places, per_slot, n))
             lo += n
         if batches:
             self.layers[layer](batches, flat)

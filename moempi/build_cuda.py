@@ -31,7 +31,15 @@ from moempi.model.config import ModelConfig
 from moempi.model.expert import leaf_range
 from moempi.model.network import Network
 from moempi.planning import memory as plan
-from moempi.planning.gpu_memory import call_rows, steady_message_bytes, steady_rows
+from moempi.planning.gpu_memory import (
+    call_rows,
+    frame_bytes,
+    frame_rows,
+    header_rows,
+    steady_message_bytes,
+    steady_message_rows,
+    steady_rows,
+)
 from moempi.prepare import Shape
 from moempi.recorder import Recorder
 from moempi.router.control import Control
@@ -60,7 +68,8 @@ def build_rank(
     way = choose_way(topology, job.exchange.gpu_aware)
     tables = layer_tables(layout.placement)
     kv_tokens = layout.kv_tokens if world.rank in layout.homes else 0
-    memory = message_memory(shape, device, job.run.capacity, home=world.rank in layout.homes)
+    framed = not way.staged and are_framed(shape, job.run.capacity, job.model.leaves)
+    memory = message_memory(shape, device, job.run.capacity, home=world.rank in layout.homes, framed=framed)
     with open_weights(job.model.weights) as weights:
         weights.expect(shape.model)
         layers = load_layers(weights, tables, world.rank, device, shape, job.model.leaves)
@@ -80,6 +89,7 @@ def build_rank(
         payload=world.Dup(),
         memory=memory,
         host=HostMemory(world, memory.memory.nbytes) if way.staged else None,
+        frame_rows=frame_rows(config, job.run.capacity, world.size) if framed else 0,
     )
     control = Control(world.Dup(), engine.requests)
     wide = most_rows_of_a_tile(config, shape.dtype, device) if world.rank in layout.homes else TILE
@@ -101,8 +111,9 @@ def build_rank(
         cache=cache,
         most_rows=layout.piece_rows,
         lockstep=job.exchange.lockstep,
-        tables=on_gpu(tables, device.device),
+        tables=on_gpu(tables, device.device, header_rows(config, shape.dtype.itemsize) if framed else 0),
         packed=steady_rooms(memory, shape, job.run.capacity) if world.rank in layout.homes else [],
+        most_steady=steady_rows(job.run.capacity),
     )
     return Rank(engine, home, control, forward, None, device, str(way))
 
@@ -120,23 +131,33 @@ def most_rows_of_a_tile(config: ModelConfig, dtype: torch.dtype, device: Cuda) -
     return WIDE_TILE if agree else TILE
 
 
-def message_memory(shape: Shape, device: Cuda, capacity: int, *, home: bool) -> MessageMemory:
+def are_framed(shape: Shape, capacity: int, leaves: int) -> bool:
+    """Whether steady steps send frames: experts are whole, rows are of whole words, and a step's fit one piece."""
+    config, most = shape.config, steady_rows(capacity) * shape.config.top_k
+    whole_words = config.d_model * shape.dtype.itemsize % 4 == 0
+    return bool(config.moe_layers) and leaves == 1 and whole_words and most <= shape.layout.piece_rows
+
+
+def message_memory(shape: Shape, device: Cuda, capacity: int, *, home: bool, framed: bool) -> MessageMemory:
     """The arenas of a rank, as the memory plan has them; one that is no home sends no rows of its own."""
     config, layout, nbytes = shape.config, shape.layout, shape.dtype.itemsize
+    sizes = config, nbytes, capacity, layout.placement.n_ranks
     own = plan.home_message_bytes(config, nbytes, layout.step_tokens, layout.placement)
     # Two parts of a block round up.
     spare = 2 * block_bytes([1, 1])
-    own += steady_message_bytes(config, nbytes, capacity)
+    own += steady_message_bytes(*sizes)
     sent = layout.n_microbatches * (own + 2 * spare) * home
-    return MessageMemory(device.device, sent, layout.arrival_budget + spare)
+    frames = frame_bytes(*sizes) if framed else 0
+    return MessageMemory(device.device, sent, layout.arrival_budget + spare, frames)
 
 
 def steady_rooms(memory: MessageMemory, shape: Shape, capacity: int) -> list[tuple[Rows, Rows]]:
     """For every microbatch what it keeps of the homes' memory: the rows of a steady step, and their answers."""
-    n, dtypes = steady_rows(capacity) * shape.config.top_k, (shape.dtype, shape.dtype)
+    n_ranks, dtypes = shape.layout.placement.n_ranks, (shape.dtype, shape.dtype)
+    n = steady_message_rows(shape.config, shape.dtype.itemsize, capacity, n_ranks)
     rooms = []
     for _ in range(shape.layout.n_microbatches):
-        pair = memory.take_pair(n, shape.config.d_model, dtypes, home=True)
+        pair = memory.take_pair(memory.home, n, shape.config.d_model, dtypes)
         assert pair is not None, "the memory was made for them"
         rooms.append(pair[1:])
     return rooms

@@ -18,7 +18,7 @@ from moempi.batch import Step
 from moempi.device.cuda_attention import attend
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
-from moempi.device.cuda_rows import add_norm, gather, greedy, sort_pairs, turn_heads
+from moempi.device.cuda_rows import Headers, add_norm, gather, greedy, sort_pairs, turn_heads
 from moempi.device.cuda_rows import combine as add_outputs
 from moempi.device.cuda_transfer import all_to_device, staged, views, words_of
 from moempi.device.tile_plan import TilePlan, for_kernels
@@ -35,12 +35,12 @@ class StepBuffers:
     """Where the steady steps of a microbatch find everything at the same place each time, so that graphs can.
 
     Args:
-        packed, answers: [rows * K, D] of the memory of messages, for the most tokens of a step.
+        packed, answers: of the memory of messages: rows of the most tokens of a step with their headers, and as many.
+        rows: tokens of such a step.
         top_k: K.
     """
 
-    def __init__(self, packed: Rows, answers: Rows, top_k: int, dtype: torch.dtype, device: torch.device):
-        rows = len(packed) // top_k
+    def __init__(self, packed: Rows, answers: Rows, rows: int, top_k: int, dtype: torch.dtype, device: torch.device):
         self.packed, self.answers = packed, answers
         # each [rows, D]
         self.x, self.attended, self.hidden = torch.zeros(3, rows, packed.d, dtype=dtype, device=device)
@@ -89,12 +89,14 @@ class CudaForward(Forward):
     Args:
         tables: routing tables on the GPU.
         packed: by microbatch, memory of messages for the rows of a steady step and for their answers.
+        most_steady: tokens of such a step, at most.
         buffers: by microbatch, what its steady steps use; made when the first one comes.
     """
 
     engine: CudaEngine
     tables: dict[int, CudaTable]
     packed: list[tuple[Rows, Rows]]
+    most_steady: int
     buffers: dict[int, StepBuffers] = field(default_factory=dict)
 
     async def __call__(self, step: Step) -> tuple[list[int], list[float]]:
@@ -154,7 +156,7 @@ class CudaForward(Forward):
         if microbatch not in self.buffers:
             top_k, network = self.network.config.top_k, self.network
             packed, device = self.packed[microbatch], self.cache.keys.device
-            self.buffers[microbatch] = StepBuffers(*packed, top_k, network.dtype, device)
+            self.buffers[microbatch] = StepBuffers(*packed, self.most_steady, top_k, network.dtype, device)
         return self.buffers[microbatch]
 
     async def pass_layer(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
@@ -204,10 +206,11 @@ class CudaForward(Forward):
 
     async def send_steady(self, layer: Layer, step: CudaStep, buffers: StepBuffers) -> Sent:
         """Send the rows that a recording has packed, once the host knows how many go where."""
-        table, n = self.tables[layer.number].table, step.n_tokens * layer.config.top_k
-        counts = await self.engine.counted(step.microbatch, len(table.covers))
-        rows, answers = buffers.packed.part(0, n), buffers.answers.part(0, n)
-        back = send(self.engine, table, step.microbatch, counts, rows, answers, self.most_rows, step.key)
+        of_layer, n = self.tables[layer.number], step.n_tokens * layer.config.top_k
+        table, microbatch, rooms = of_layer.table, step.microbatch, (buffers.packed, buffers.answers)
+        counts = await self.engine.counted(microbatch, len(table.covers))
+        headers = of_layer.header_rows
+        back = send(self.engine, table, microbatch, counts, *rooms, self.most_rows, step.key, headers)
         return Sent(counts, n, back)
 
     def is_recorded_whole(self, number: int) -> bool:
@@ -235,12 +238,16 @@ class CudaForward(Forward):
 
     def pack_steady(self, number: int, step: CudaStep, route: Route, buffers: StepBuffers) -> None:
         """Rows in the order in which they leave, and on the host how many each cover gets."""
-        table, n = self.tables[number], len(step.turns)
+        table, n, packed = self.tables[number], len(step.turns), buffers.packed
         landing = self.engine.counts(step.microbatch, len(table.table.covers))
         replicas, places = (table.cover_of, table.n_replicas), buffers.places[:n]
-        pairs, _ = sort_pairs(route.experts, step.turns, *replicas, number, landing, places)
+        headers = None
+        if table.header_rows:
+            row = packed.d * packed.memory.itemsize
+            headers = Headers(table.headers, table.all_header_rows, table.header_rows, packed.address, row)
+        pairs, _ = sort_pairs(route.experts, step.turns, *replicas, number, landing, places, headers)
         buffers.weights[:n].copy_(route.weights)
-        gather(buffers.hidden, pairs, route.experts.shape[1], buffers.packed.address)
+        gather(buffers.hidden, pairs, route.experts.shape[1], packed.address)
 
     def combine_steady(self, n: int, buffers: StepBuffers) -> None:
         """Rows of the residual stream with their experts' outputs added, of the layer that came back last."""

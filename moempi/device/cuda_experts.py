@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import Tiles, product_at, product_gathered, product_scattered, unit_of
-from moempi.device.cuda_rows import put_words, row_tables, swiglu_at
+from moempi.device.cuda_rows import row_tables, swiglu_at
 from moempi.device.cuda_source import WORDS
 from moempi.device.cuda_transfer import put
 from moempi.device.product_tiles import TILES, tile_for
@@ -23,15 +22,16 @@ from moempi.planning.gpu_memory import room_of
 # Operations per part, below which one launch for all is faster than cuBLAS part by part: its three calls take the host
 # some 60 us, in which the GPU does this much, and a small product does not fill it.
 WORTH_CALLS = 4e10
-CALL_SHAPES = 64  # of recorded calls: numbers of batches and of rows, in which calls of decode differ
+CALL_SHAPES = 64  # of recorded calls: numbers of rows, in which calls of decode differ
 
 
-class Batch(NamedTuple):
+class Batch(Protocol):
     """Rows for the slots of a layer, slot behind slot, and where their outputs go; in the memory of messages."""
 
     rows: Rows  # [R, D]
     answer: Rows  # [R, D]
-    rows_per_slot: tuple[int, ...]
+    rows_per_slot: tuple[int, ...]  # empty where the host does not know it
+    counts: int  # address of the same on the GPU, int32 [S], where it is there; else 0
 
 
 class Part(NamedTuple):
@@ -42,19 +42,20 @@ class Part(NamedTuple):
     answer: Rows
 
 
-def slots_met(rows_per_slot: tuple[int, ...]) -> int:
-    """How many slots get rows; a loop in Python would take some microseconds of every call."""
-    return len(rows_per_slot) - rows_per_slot.count(0)
+def slots_met(batch: Batch, n_slots: int) -> int:
+    """How many of the slots get rows; at most, where the host does not know. A loop would take microseconds."""
+    per_slot = batch.rows_per_slot
+    return len(per_slot) - per_slot.count(0) if per_slot else min(n_slots, batch.rows.n)
 
 
 def parts_of(batches: Sequence[Batch]) -> list[Part]:
-    """What is there for any slot, one by one."""
+    """What is there for any slot, one by one; the host knows their rows for every slot."""
     parts = []
-    for rows, answer, rows_per_slot in batches:
+    for batch in batches:
         lo = 0
-        for slot, n in enumerate(rows_per_slot):
+        for slot, n in enumerate(batch.rows_per_slot):
             if n:
-                parts.append(Part(slot, rows.part(lo, lo + n), answer.part(lo, lo + n)))
+                parts.append(Part(slot, batch.rows.part(lo, lo + n), batch.answer.part(lo, lo + n)))
                 lo += n
     return parts
 
@@ -67,12 +68,14 @@ class Scratch:
 
     Attributes:
         graphs: recordings of small calls.
+        version: of its memory; another one lies elsewhere.
     """
 
     def __init__(self, rows: int = 0) -> None:
         self._rows = rows
         self._memory: Tensor | None = None
         self._table: Tensor | None = None
+        self.version = 0
         self.graphs = Graphs(CALL_SHAPES)
 
     def take(self, rows: int, width: int, like: Tensor) -> Tensor:
@@ -85,6 +88,7 @@ class Scratch:
             self._memory = None
             # Enough at once: what is given back stays in the allocator's store, beside what comes after it.
             self._memory = torch.empty(max(rows, self._rows) * width, dtype=like.dtype, device=like.device)
+            self.version += 1
         return self._memory
 
     def table(self, n: int, like: Tensor) -> Tensor:
@@ -92,6 +96,7 @@ class Scratch:
         if self._table is None or self._table.numel() < n:
             self._table = None
             self._table = torch.empty(2 * n, dtype=torch.int64, device=like.device)
+            self.version += 1
         return self._table
 
 
@@ -112,26 +117,24 @@ class Stack:
         self._gate_up_turned, self._down_turned = gate_up.mT.unbind(), down.mT.unbind()
         self._row_operations = 2 * (self._gate_up[0].numel() + self._down[0].numel())
         self._unit = unit_of(gate_up.shape[2], gate_up.dtype)
+        # Calls of few rows come again and again: in few shapes, with empty tiles and rows.
+        self._few = TILES[gate_up.dtype][0].rows * self.slots
+        self._calls: dict[tuple[int, int, int], _Call] = {}
+        self._version = 0  # of the scratch that these work with
 
     def __call__(self, batches: Sequence[Batch], memory: Tensor) -> None:
         """Compute all batches. Rows and answers lie in `memory`, which is flat and in the model's dtype."""
-        self.prepare(batches, memory)()
-
-    def prepare(self, batches: Sequence[Batch], memory: Tensor) -> Callable[[], None]:
-        """All of a call that can be done before its rows are there; what is returned launches the rest.
-
-        Both on the same stream, and no other call of the scratch is prepared or made between them.
-        """
-        rows = sum(batch.rows.n for batch in batches)
-        parts = sum(slots_met(batch.rows_per_slot) for batch in batches)
-        fixed = self.exact or self._row_operations * rows < WORTH_CALLS * parts
-        if fixed and parts > 1:
-            return self._together(batches, memory, rows)
-        return partial(self._one_by_one, batches, fixed=fixed)
-
-    def _one_by_one(self, batches: Sequence[Batch], *, fixed: bool) -> None:
-        for part in parts_of(batches):
-            self._alone(part, fixed=fixed)
+        rows, parts, unknown = 0, 0, False
+        for batch in batches:
+            rows += batch.rows.n
+            parts += slots_met(batch, self.slots)
+            unknown = unknown or not batch.rows_per_slot
+        fixed = unknown or self.exact or self._row_operations * rows < WORTH_CALLS * parts
+        if unknown or (fixed and parts > 1):
+            self._together(batches, memory, rows)
+        else:
+            for part in parts_of(batches):
+                self._alone(part, fixed=fixed)
 
     def _alone(self, part: Part, *, fixed: bool) -> None:
         """One part. Fixed: the bits of `_together`, without its tables, by the same kernel; else by cuBLAS."""
@@ -151,41 +154,77 @@ class Stack:
             between = scratch[n * width : n * (width + hidden)].view(n, hidden)
             torch.mm(between, self._down_turned[slot], out=answer.tensor())
 
-    def _together(self, batches: Sequence[Batch], memory: Tensor, rows: int) -> Callable[[], None]:
-        """Put what is known of the batches on the GPU; the tables and products that are to be launched behind it."""
+    def _together(self, batches: Sequence[Batch], memory: Tensor, rows: int) -> None:
+        if rows > self._few:
+            large = self._call_for(len(batches), rows, memory)
+            self._make_tables(batches, large)
+            large.launch()
+            return
+        room = room_of(rows)
+        key = len(batches), room, memory.data_ptr()
+        if self._version != self._scratch.version:
+            self._calls.clear()
+        call = self._calls.get(key)
+        if call is None:
+            call = self._calls[key] = self._call_for(len(batches), room, memory)
+            self._version = self._scratch.version
+        self._make_tables(batches, call)
+        # What is recorded depends on where things lie, not on how many batches there are.
+        self._scratch.graphs.run((room, self._version, key[2]), self.gate_up.data_ptr(), call.launch)
+
+    def _call_for(self, n_batches: int, room: int, memory: Tensor) -> _Call:
+        """A call of so many batches, with room for so many rows."""
         n_slots, width, d = self.gate_up.shape
         unit, hidden, dtype = self._unit, width // 2, self.gate_up.dtype
-        tile = tile_for(dtype, -(-rows // n_slots), d, n_slots)
-        # Calls of few rows come again and again, and are recorded: in few shapes, with empty tiles and rows.
-        recorded = rows <= TILES[dtype][0].rows * n_slots
-        room = room_of(rows) if recorded else rows
+        tile = tile_for(dtype, -(-room // n_slots), d, n_slots)
         tiles = n_slots + room // tile.rows  # or fewer
-        given: list[int] = []
-        for rows_of, answer, rows_per_slot in batches:
-            given += rows_of.begin // unit, answer.begin // unit, *rows_per_slot
-        # The tables are made on the GPU, from what is known of the batches: the host would take longer than all else.
-        sizes = [n + n % 2 for n in (len(given), 3 * tiles, room, room)]  # each table is aligned to 16 bytes
-        table = self._scratch.table(sum(sizes), self.gate_up)
+        sizes = [n + n % 2 for n in (3 * tiles, room, room)]  # each table is aligned to 16 bytes
+        table = self._scratch.table(sum(sizes) + n_batches * (3 + n_slots), self.gate_up)
         scratch = self._scratch.take(room, width + hidden, self.gate_up)
-        if len(given) <= WORDS:
-            put_words(given, table)
-        else:
-            put(np.array(given, dtype=np.int64), table)
+        of_tiles, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(3))
+        divided = Tiles(tile, tiles, of_tiles, unit)
+        source, gated = memory.data_ptr(), scratch.data_ptr()
+        activated = gated + room * width * dtype.itemsize
 
         def launch() -> None:
-            at, of_tiles, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(4))
-            row_tables(at, of_tiles, inward, outward, tiles, (len(batches), n_slots), tile.rows, d // unit)
-            divided = Tiles(tile, tiles, of_tiles, unit)
-            source, gated = memory.data_ptr(), scratch.data_ptr()
-            activated = gated + room * width * dtype.itemsize
             product_gathered(source, self.gate_up, gated, divided, inward)
             swiglu_at(gated, room, hidden, dtype, activated)
             product_scattered(activated, self.down, source, divided, outward)
 
-        if not recorded:
-            return launch
-        shape = tile, len(batches), room, table.data_ptr(), scratch.data_ptr(), memory.data_ptr()
-        return partial(self._scratch.graphs.run, shape, self.gate_up.data_ptr(), launch)
+        tables = of_tiles, inward, outward, tiles, (n_batches, n_slots), tile.rows, d // unit
+        return _Call(table[sum(sizes) :], tables, launch)
+
+    def _make_tables(self, batches: Sequence[Batch], call: _Call) -> None:
+        """On the GPU, from what is known of the batches: the host would take longer than all else."""
+        unit, n_slots, told, more = self._unit, self.slots, list[int](), call.more
+        known = [batch.rows_per_slot for batch in batches if not batch.counts] if n_slots > 1 else []
+        counts = 0
+        if known:
+            there = more[3 * len(batches) :]
+            put(np.array(known, dtype=np.int32).reshape(-1), there.view(torch.int32))
+            counts = there.data_ptr()
+        for batch in batches:
+            told += batch.rows.begin // unit, batch.answer.begin // unit
+            if n_slots == 1:
+                told.append(batch.rows.n)
+            elif batch.counts:
+                told.append(batch.counts)
+            else:
+                told.append(counts)
+                counts += 4 * n_slots
+        if len(told) <= WORDS:
+            row_tables(told, *call.tables)
+        else:
+            put(np.array(told, dtype=np.int64), more)
+            row_tables(more.data_ptr(), *call.tables)
+
+
+class _Call(NamedTuple):
+    """All of a call that depends on its shape alone."""
+
+    more: Tensor  # flat int64 memory for what does not go along with a launch
+    tables: tuple[int, int, int, int, tuple[int, int], int, int]  # what `row_tables` is told beside the batches
+    launch: Callable[[], None]  # of the products
 
 
 class Pieces:
@@ -199,11 +238,8 @@ class Pieces:
         self._slots = slots
         self.slots, self.nbytes = len(slots), 0  # nothing waits for them
 
-    def prepare(self, batches: Sequence[Batch], memory: Tensor) -> Callable[[], None]:
-        """There is nothing to prepare; what is returned computes all batches into their answers."""
-        return partial(self._compute, batches)
-
-    def _compute(self, batches: Sequence[Batch]) -> None:
+    def __call__(self, batches: Sequence[Batch], memory: Tensor) -> None:
+        """Compute all batches into their answers."""
         for part in parts_of(batches):
             part.answer.tensor().copy_(self._slots[part.slot](part.rows.tensor()))
 

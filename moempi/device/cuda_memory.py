@@ -8,19 +8,11 @@ are complete; who holds it sees to that.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moempi.device.arena import Arena, aligned
-
-
-class Block(NamedTuple):
-    """A piece of one of the two arenas."""
-
-    offset: int
-    home: bool  # of the homes' arena; else of the arrivals'
 
 
 class Rows:
@@ -69,40 +61,44 @@ class Rows:
 
 
 class MessageMemory:
-    """Room for the rows that homes send and await, and for those that arrive with their answers.
+    """Room for the rows that homes send and await, for those that arrive, and for frames, each with its answers.
 
-    The two are apart: an answer is always received, into room that was reserved when its dispatch was sent.
+    They are apart: an answer is always received, into room that was reserved when its dispatch was sent, and a large
+    arrival never waits for room that small frames will have. A block is named by its offset.
 
     Args:
-        home_bytes, arrival_bytes: sizes of the arenas.
+        home_bytes, arrival_bytes, frame_bytes: sizes of the arenas.
     """
 
-    def __init__(self, device: torch.device, home_bytes: int, arrival_bytes: int):
+    def __init__(self, device: torch.device, home_bytes: int, arrival_bytes: int, frame_bytes: int = 0):
         self.home = Arena(0, home_bytes)
         self.arrivals = Arena(self.home.end, arrival_bytes)
-        self.memory = torch.empty(self.arrivals.end, dtype=torch.uint8, device=device)
+        self.frames = Arena(self.arrivals.end, frame_bytes)
+        self.memory = torch.empty(self.frames.end, dtype=torch.uint8, device=device)
         self._typed = {dtype: self.memory.view(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
-    def take(self, nbytes: int, *, home: bool) -> Block | None:
-        """A block, or None while there is no room."""
-        offset = (self.home if home else self.arrivals).take(nbytes)
-        return None if offset is None else Block(offset, home)
+    def arena_of(self, block: int) -> Arena:
+        """The arena that a block is of."""
+        return next(arena for arena in (self.home, self.arrivals, self.frames) if block < arena.end)
 
-    def give(self, block: Block) -> None:
+    def give(self, block: int) -> None:
         """Take a block back. Nothing may be about to read or write it."""
-        (self.home if block.home else self.arrivals).give(block.offset)
+        self.arena_of(block).give(block)
+
+    def rows_at(self, offset: int, n: int, d: int, dtype: torch.dtype) -> Rows:
+        """Rows [n, D] at an offset in bytes, which is a multiple of their elements'."""
+        return Rows(self._typed[dtype], offset // dtype.itemsize, n, d)
 
     def take_pair(
-        self, n: int, d: int, dtypes: tuple[torch.dtype, torch.dtype], *, home: bool
-    ) -> tuple[Block, Rows, Rows] | None:
+        self, arena: Arena, n: int, d: int, dtypes: tuple[torch.dtype, torch.dtype]
+    ) -> tuple[int, Rows, Rows] | None:
         """A block with n rows [n, D] and, of another dtype, their answers [n, D]; None while there is no room."""
         rows, answers = dtypes
         first = aligned(n * d * rows.itemsize)
-        block = self.take(first + aligned(n * d * answers.itemsize), home=home)
+        block = arena.take(first + aligned(n * d * answers.itemsize))
         if block is None:
             return None
-        begin, behind = block.offset // rows.itemsize, (block.offset + first) // answers.itemsize
-        return block, Rows(self._typed[rows], begin, n, d), Rows(self._typed[answers], behind, n, d)
+        return block, self.rows_at(block, n, d, rows), self.rows_at(block + first, n, d, answers)
 
 
 def block_bytes(parts: Sequence[int]) -> int:

@@ -8,6 +8,7 @@ compiled once per process and kept on disk by CuPy. They run on torch's current 
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import cupy
 import torch
@@ -18,6 +19,7 @@ from moempi.device.cuda_source import SOURCE, TOKENS, WORDS
 from moempi.model.attention import AttentionPlan
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
+HEAD_THREADS = 32 * TOKENS  # of a block of `turn_heads`: a warp for each token
 _WIDE = 16  # bytes that a thread moves at once, where rows are aligned to them
 
 
@@ -74,7 +76,7 @@ def turn_heads(
         tensors = [t.data_ptr() for t in (rows, norm, *tables, *where, queries, keys, values)]
         values_of = [*tensors, n, heads, kv_heads, dim, width, page, float_bits(eps)]
         blocks = -(-n // TOKENS) * (heads + 2 * kv_heads)
-        _kernel(f"turn_heads<{_NAMES[rows.dtype]}>", 17)(blocks, 256, values_of, shared=4 * dim * (TOKENS + 1))
+        _kernel(f"turn_heads<{_NAMES[rows.dtype]}>", 17)(blocks, HEAD_THREADS, values_of, shared=4 * dim * (TOKENS + 1))
     return queries
 
 
@@ -142,6 +144,25 @@ def choose_experts(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor,
     return experts, weights
 
 
+class Headers(NamedTuple):
+    """Headers of messages, which the sort of a dispatch's pairs writes ahead of the rows of each rank.
+
+    Args:
+        table: [covers, 3] int32, on the GPU: the first cover of its rank, rows of all headers up to that rank's own,
+            bytes of that one, which end where the rows of the rank begin.
+        n_rows: that all headers take.
+        each: rows that one takes.
+        packed: address of the rows.
+        row: bytes of one.
+    """
+
+    table: Tensor
+    n_rows: int
+    each: int
+    packed: int
+    row: int
+
+
 def sort_pairs(
     experts: Tensor,
     turns: Tensor,
@@ -150,6 +171,7 @@ def sort_pairs(
     layer: int,
     counts: Tensor,
     places: Tensor | None = None,
+    headers: Headers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sort the pairs (token, k) by cover, keeping their order within one; replicas take turns by (turn + layer).
 
@@ -160,27 +182,39 @@ def sort_pairs(
         n_replicas: [E] int32.
         counts: [covers] int64, on the GPU or in pinned memory of the host: gets the pairs of every cover.
         places: [T, K] int32 for what comes out.
+        headers: where rows leave with them.
 
     Returns:
         pairs [T * K] int32 by ascending cover, and places [T, K] int32: where each pair is among them. -1 of padding.
+        With headers there are more pairs: -1 stands for the rows that those take.
     """
     n, (_, top_k) = experts.numel(), experts.shape
-    pairs = torch.empty(n, dtype=torch.int32, device=experts.device)
+    more = headers.n_rows if headers else 0
+    pairs = torch.empty(n + more, dtype=torch.int32, device=experts.device)
     places = torch.empty_like(experts) if places is None else places
     inputs = experts.data_ptr(), turns.data_ptr(), cover_of.data_ptr(), n_replicas.data_ptr()
     outputs = pairs.data_ptr(), places.data_ptr(), counts.data_ptr()
-    values = [*inputs, *outputs, n, top_k, cover_of.shape[1], layer]
-    _kernel("sort_pairs", 11)(counts.shape[0], 1024, values)
+    about_headers = (headers.table.data_ptr(), headers.each, headers.packed, headers.row) if headers else (0, 0, 0, 0)
+    values = [*inputs, *outputs, n, top_k, cover_of.shape[1], layer, *about_headers]
+    _kernel("sort_pairs", 15)(counts.shape[0], 1024, values)
     return pairs, places
 
 
 def row_tables(
-    batches: int, tiles: int, inward: int, outward: int, room: int, shape: tuple[int, int], tile: int, row: int
+    batches: list[int] | int,
+    tiles: int,
+    inward: int,
+    outward: int,
+    room: int,
+    shape: tuple[int, int],
+    tile: int,
+    row: int,
 ) -> None:
     """Which rows meet which weights in the two products of an expert call, slot by slot (`cuda_products.Tiles`).
 
     Args:
-        batches: address of int64 [B, 2 + S]: where a batch's rows begin, where its outputs do, its rows for every slot.
+        batches: [B * 3]: where a batch's rows begin, where its outputs do, and the address of its rows for every slot,
+            int32 [S]; of one slot their number itself. Where they are more than `WORDS`, the address of int64 [B, 3].
         tiles: address of int64 [room, 3].
         inward, outward: addresses of int64 [R]: of every row, slot by slot, where it is and where its output goes.
         room: tiles, at least as many as there are; the rest are empty.
@@ -188,13 +222,9 @@ def row_tables(
         tile: rows of a tile.
         row: length of one, in the unit of all places.
     """
-    values = [batches, tiles, inward, outward, room, *shape, tile, row]
-    _kernel("row_tables", 9)(shape[0] * shape[1], 128, values)
-
-
-def put_words(values: list[int], table: Tensor) -> None:
-    """At most `WORDS` integers to the begin of flat int64 memory on the GPU, in the order of the current stream."""
-    _kernel("put_words", 3, WORDS)(1, 128, [table.data_ptr(), len(values), *values])
+    in_memory, taken_along = (batches, []) if isinstance(batches, int) else (0, batches)
+    values = [in_memory, tiles, inward, outward, room, *shape, tile, row, *taken_along]
+    _kernel("row_tables", 10, WORDS)(shape[0] * shape[1], 128, values)
 
 
 def greedy(logits: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -226,7 +256,7 @@ def _kernel(name: str, n_parameters: int, words: int = 1) -> Kernel:
 @cache
 def _module() -> cupy.RawModule:
     types = _NAMES.values()
-    names = ["choose", "sort_pairs", "row_tables", "put_words", "greedy"]
+    names = ["choose", "sort_pairs", "row_tables", "greedy"]
     names += [f"turn_heads<{t}>" for t in types]
     for wide_float, wide_bf16 in ((4, 8), (1, 1)):
         wide = {"float": wide_float, "bf16": wide_bf16}

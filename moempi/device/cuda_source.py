@@ -48,10 +48,6 @@ __device__ inline float block_sum(float x) {
 // Words that come with the launch: nothing of the host is read later.
 struct Words { integer at[N_WORDS]; };
 
-__global__ void put_words(integer* to, integer n, Words words) {
-  for (integer i = threadIdx.x; i < n; i += blockDim.x) to[i] = words.at[i];
-}
-
 // 1 / root mean square of a row, N values of it by a thread at a time: the order of the sum follows from d alone.
 template <class T, int N>
 __device__ inline float norm_factor(const T* row, integer d, float eps) {
@@ -96,33 +92,38 @@ __device__ inline void block_sums(integer& x, integer& y) {
 }
 
 // A block per slot and batch. Between the two products rows lie slot by slot, so that a tile has those of all batches.
-__global__ void row_tables(const integer* batches, integer* tiles, integer* inward, integer* outward,
-                           integer room, integer n_batches, integer n_slots, integer tile, integer row) {
-  const integer slot = blockIdx.x / n_batches, batch = blockIdx.x % n_batches, line = n_slots + 2;
-  const integer* counts = batches + 2;
+__global__ void row_tables(const integer* in_memory, integer* tiles, integer* inward, integer* outward,
+                           integer room, integer n_batches, integer n_slots, integer tile, integer row,
+                           const __grid_constant__ Words taken_along) {
+  const integer slot = blockIdx.x / n_batches, batch = blockIdx.x % n_batches;
+  const integer* batches = in_memory ? in_memory : taken_along.at;
+  auto count = [&](integer b, integer s) -> integer {
+    const integer counts = batches[3 * b + 2];
+    return n_slots == 1 ? counts : reinterpret_cast<const int*>(counts)[s];
+  };
   integer before = 0, skipped = 0;  // rows of smaller slots, and of this one in smaller batches; in this batch
   integer tiles_before = 0, all_tiles = 0;
   for (integer s = threadIdx.x; s < n_slots; s += blockDim.x) {
     integer rows = 0, up_to_here = 0;
     for (integer b = 0; b < n_batches; ++b) {
-      rows += counts[b * line + s];
-      if (b < batch) up_to_here += counts[b * line + s];
+      rows += count(b, s);
+      if (b < batch) up_to_here += count(b, s);
     }
     const integer of_slot = (rows + tile - 1) / tile;
     all_tiles += of_slot;
-    if (s < slot) { before += rows; tiles_before += of_slot; skipped += counts[batch * line + s]; }
+    if (s < slot) { before += rows; tiles_before += of_slot; skipped += count(batch, s); }
     if (s == slot) before += up_to_here;
   }
   block_sums(before, skipped);
   block_sums(tiles_before, all_tiles);
-  const integer mine = counts[batch * line + slot];
+  const integer mine = count(batch, slot);
   for (integer i = threadIdx.x; i < mine; i += blockDim.x) {
-    inward[before + i] = batches[batch * line] + (skipped + i) * row;
-    outward[before + i] = batches[batch * line + 1] + (skipped + i) * row;
+    inward[before + i] = batches[3 * batch] + (skipped + i) * row;
+    outward[before + i] = batches[3 * batch + 1] + (skipped + i) * row;
   }
   if (batch != 0) return;
   integer rows = 0;
-  for (integer b = 0; b < n_batches; ++b) rows += counts[b * line + slot];
+  for (integer b = 0; b < n_batches; ++b) rows += count(b, slot);
   for (integer i = threadIdx.x; i * tile < rows; i += blockDim.x) {
     integer* to = tiles + 3 * (tiles_before + i);
     to[0] = rows - i * tile;
@@ -278,11 +279,17 @@ __global__ void choose(const float* logits, int* experts, float* weights, intege
     for (integer k = lane; k < top_k; k += 32) weights[t * top_k + k] = weights[t * top_k + k] / total;
 }
 
+// What lies ahead of the rows of a cover's rank: the first of its covers, how many rows all headers take up to its own,
+// how many bytes its own has.
+struct Header { int first, rows, bytes; };
+
 // One block of 1024 threads per cover: it counts the pairs of smaller covers, then places its own in their order.
 __global__ void sort_pairs(const int* experts, const integer* turns, const int* cover_of, const int* n_replicas,
                            int* pairs, int* places, integer* counts, integer n, integer top_k, integer most,
-                           integer layer) {
-  __shared__ int less[32], same[32];
+                           integer layer, const Header* headers, integer per_header, char* packed, integer row) {
+  __shared__ int less[32], same[32], ahead[32];
+  const Header header = headers ? headers[blockIdx.x] : Header{0, 0, 0};
+  const integer all_headers = headers ? headers[gridDim.x - 1].rows : 0;
   const int mine = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = static_cast<int>(top_k);
   auto cover = [&](integer i) {  // replicas take turns; what belongs to no token comes behind all
     const integer turn = turns[static_cast<int>(i) / k];
@@ -290,20 +297,28 @@ __global__ void sort_pairs(const int* experts, const integer* turns, const int* 
     const int e = experts[i];
     return cover_of[e * most + (most > 1 ? (turn + layer) % n_replicas[e] : 0)];
   };
-  int l = 0, s = 0;
+  int l = 0, s = 0, a = 0;
   for (integer i = threadIdx.x; i < n; i += 1024) {
     const int c = cover(i);
     l += c < mine;
     s += c == mine;
-    if (mine == 0 && c == 0x7fffffff) pairs[i] = places[i] = -1;
+    a += c < header.first;
+    if (mine == 0 && c == 0x7fffffff) pairs[all_headers + i] = places[i] = -1;
   }
   l = __reduce_add_sync(0xffffffffu, l);
   s = __reduce_add_sync(0xffffffffu, s);
-  if (lane == 0) { less[warp] = l; same[warp] = s; }
+  a = __reduce_add_sync(0xffffffffu, a);
+  if (lane == 0) { less[warp] = l; same[warp] = s; ahead[warp] = a; }
   __syncthreads();
-  int base = __reduce_add_sync(0xffffffffu, less[lane]);
+  int base = __reduce_add_sync(0xffffffffu, less[lane]) + header.rows;
   const int count = __reduce_add_sync(0xffffffffu, same[lane]);
-  if (threadIdx.x == 0) counts[mine] = count;
+  const int first_row = __reduce_add_sync(0xffffffffu, ahead[lane]) + header.rows;  // of those for this rank
+  if (threadIdx.x == 0) {
+    counts[mine] = count;
+    if (header.bytes) reinterpret_cast<int*>(packed + first_row * row - header.bytes)[mine - header.first] = count;
+  }
+  if (headers && mine == header.first)
+    for (integer i = threadIdx.x; i < per_header; i += 1024) pairs[first_row - 1 - i] = -1;
   if (count == 0) return;
   for (integer begin = 0; begin < n; begin += 1024) {
     const integer i = begin + threadIdx.x;

@@ -33,10 +33,12 @@ class Arrival:
     microbatch: int
     rows: Any  # [R, D]: a tensor; on a GPU `moempi.device.cuda_memory.Rows`
     answer: Any  # [R, D] the same, in the dtype that the layer is answered in
-    rows_per_slot: tuple[int, ...]
+    rows_per_slot: tuple[int, ...]  # empty where `counts` says it to a GPU alone
     left: int  # rows not computed yet
     done: Future | None = None  # set for local rows, whose answer is the home's own memory
     charged: int = 0  # bytes of the arrival budget that it holds
+    block: int = 0  # of the memory of messages on a GPU that it holds
+    counts: int = 0  # address on a GPU where its rows per slot lie, in a header; 0 where they do not
     reply: Callable[[np.ndarray], MPI.Request] | None = None  # sends its answer, where it came from a relay
     age: int = 0  # the least is served first
 

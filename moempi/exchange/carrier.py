@@ -12,6 +12,7 @@ from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_transfer import Copies
 from moempi.exchange.host_memory import HostMemory
 from moempi.exchange.requests import Requests
+from moempi.exchange.wire import bytes_at
 
 Then = Callable[[], Any]
 
@@ -41,11 +42,11 @@ class Direct:
 
     def send(self, rows: Rows, peer: int, tag: int, then: Then) -> None:
         """Send rows, which are complete; `then` is called when their memory may be used again."""
-        self._requests.add(self._comm.Isend(_bytes(rows.address, rows.nbytes), peer, tag), then)
+        self._requests.add(self._comm.Isend(bytes_at(rows.address, rows.nbytes), peer, tag), then)
 
     def receive(self, rows: Rows, peer: int, tag: int, then: Then) -> None:
         """Receive into rows; `then` is called when kernels may read them."""
-        self._requests.add(self._comm.Irecv(_bytes(rows.address, rows.nbytes), peer, tag), then)
+        self._requests.add(self._comm.Irecv(bytes_at(rows.address, rows.nbytes), peer, tag), then)
 
     def free(self) -> None:
         """Give the communicator back. Collective."""
@@ -77,7 +78,7 @@ class Staged:
         self._requests.add(self._comm.Isend(place, peer, tag), lambda: place)
 
     def _post(self, rows: Rows, peer: int, tag: int, then: Then) -> None:
-        self._requests.add(self._comm.Isend(_bytes(self._host.own + rows.offset, rows.nbytes), peer, tag), then)
+        self._requests.add(self._comm.Isend(bytes_at(self._host.own + rows.offset, rows.nbytes), peer, tag), then)
 
     def receive(self, rows: Rows, peer: int, tag: int, then: Then) -> None:
         """Receive into rows; `then` is called when kernels may read them."""
@@ -87,7 +88,7 @@ class Staged:
             self._requests.add(request, lambda: self._fetch(rows, int(place[0]), peer, tag, then))
         else:
             host = self._host.own + rows.offset
-            request = self._comm.Irecv(_bytes(host, rows.nbytes), peer, tag)
+            request = self._comm.Irecv(bytes_at(host, rows.nbytes), peer, tag)
             self._requests.add(request, lambda: self._copies.to_device(host, rows.address, rows.nbytes, then))
 
     def _fetch(self, rows: Rows, place: int, peer: int, tag: int, then: Then) -> None:
@@ -102,7 +103,3 @@ class Staged:
         """Give the communicators back. Collective."""
         self._comm.Free()
         self._fetched.Free()
-
-
-def _bytes(address: int, nbytes: int) -> list[Any]:
-    return [MPI.buffer.fromaddress(address, nbytes), MPI.BYTE]

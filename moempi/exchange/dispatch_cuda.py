@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moempi.device import cuda_rows
-from moempi.device.cuda_memory import Block, Rows
+from moempi.device.cuda_memory import Rows
 from moempi.exchange.engine_cuda import CudaEngine
-from moempi.exchange.plan import cut_into_pieces, plan_messages
+from moempi.exchange.plan import cut_into_pieces, header_places, plan_messages
 from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import Future
 from moempi.model.expert import tree_sum
@@ -32,14 +32,21 @@ class CudaTable:
     cover_of: Tensor  # [E, most replicas] int32, on the GPU
     n_replicas: Tensor  # [E] int32, on the GPU
     cover_of_slot: np.ndarray  # [S]
+    headers: Tensor  # [covers, 3] int32, on the GPU, as of `cuda_rows.Headers`; where no expert is cut
+    header_rows: int  # that a header takes among packed rows; 0 where there are none
+    all_header_rows: int
 
 
-def on_gpu(tables: Mapping[int, LayerTable], device: torch.device) -> dict[int, CudaTable]:
-    """The tables of all layers."""
-    return {layer: _on_gpu(table, device) for layer, table in tables.items()}
+def on_gpu(tables: Mapping[int, LayerTable], device: torch.device, header_rows: int = 0) -> dict[int, CudaTable]:
+    """The tables of all layers.
+
+    Args:
+        header_rows: that the header of a frame takes among packed rows; 0 where there are none.
+    """
+    return {layer: _on_gpu(table, device, header_rows) for layer, table in tables.items()}
 
 
-def _on_gpu(table: LayerTable, device: torch.device) -> CudaTable:
+def _on_gpu(table: LayerTable, device: torch.device, header_rows: int) -> CudaTable:
     cover_of_slot = np.zeros(len(table.rank), dtype=np.int64)
     for cover, slots in enumerate(table.covers):
         cover_of_slot[list(slots)] = cover
@@ -48,6 +55,9 @@ def _on_gpu(table: LayerTable, device: torch.device) -> CudaTable:
         torch.from_numpy(table.cover_of.astype(np.int32)).to(device),
         torch.from_numpy(table.n_replicas.astype(np.int32)).to(device),
         cover_of_slot,
+        torch.from_numpy(header_places(table, header_rows)).to(device),
+        header_rows,
+        header_rows * len(np.unique(table.rank)),
     )
 
 
@@ -58,7 +68,7 @@ class CudaRows(NamedTuple):
     answers: Rows  # [R, D] by slot
     places: Tensor  # [T, K] int32, place of every pair among those sorted by cover
     slot_begin: np.ndarray  # [S + 1]
-    block: Block
+    block: int
     dtype: torch.dtype  # of the model
 
     def by_cover(self) -> Tensor:
@@ -134,18 +144,25 @@ def send(
     answers: Rows,
     most_rows: int,
     key: StepKey,
+    header_rows: int = 0,
 ) -> Future:
-    """Send rows that are packed, slot behind slot, to their ranks; the answers are there when the future is done."""
-    messages = [p for message in plan_messages(slot_counts, table) for p in cut_into_pieces(message, most_rows)]
+    """Send rows that are packed, slot behind slot, to their ranks; the answers are there when the future is done.
+
+    Args:
+        header_rows: that lie ahead of the rows of each rank and end with their header; 0 where none has been written.
+    """
+    planned = plan_messages(slot_counts, table, header_rows)
+    messages = planned if header_rows else [p for message in planned for p in cut_into_pieces(message, most_rows)]
     back = Future(sum(map(engine.notifications, messages)))
     engine.recorder.dispatching = key
-    engine.recorder.lap(PACK, table.layer, key, len(rows))
+    engine.recorder.lap(PACK, table.layer, key, sum(message.hi - message.lo for message in planned))
     for m in sorted(messages, key=lambda m: m.destination == engine.rank):  # what travels goes first
-        engine.send(m, table.layer, microbatch, rows.part(m.lo, m.hi), answers.part(m.lo, m.hi), back)
+        part = rows.part(m.lo, m.hi), answers.part(m.lo, m.hi)
+        engine.send(m, table.layer, microbatch, *part, back, framed=header_rows > 0)
     return back
 
 
-async def _reserve(engine: CudaEngine, n: int, d: int, table: LayerTable) -> tuple[Rows, Rows, Block]:
+async def _reserve(engine: CudaEngine, n: int, d: int, table: LayerTable) -> tuple[Rows, Rows, int]:
     """Room for n rows and their answers, in one block: who waits for room holds none."""
     block, rows, answers = await engine.room(n, d, (engine.dtype, engine.answer_dtype(table)))
     return rows, answers, block

@@ -86,6 +86,8 @@ class Engine:
         recorder: gets spans, rows and bytes.
     """
 
+    looks = 2  # of a test of requests
+
     def __init__(
         self,
         channels: Channels,
@@ -100,7 +102,7 @@ class Engine:
         self.rank, self.n_ranks = channels.dispatch.rank, channels.dispatch.size
         self.tables, self.experts, self.tags, self.recorder = tables, experts, tags, recorder
         self.dtype, self.d_model = dtype, d_model
-        self.requests = Requests()
+        self.requests = Requests(self.looks)
         self.arrivals = Account(limits.arrival_budget)
         self.slicer = Slicer(limits.slice)
         self.takers: list[Callable[[], bool]] = [self._take_arrivals]  # of what comes; each says whether anything had

@@ -3,8 +3,9 @@
 Attention, gate, pack and combine run on a stream of high priority, the experts on one of low priority: what brings
 rows on their way is never behind an expert. The host launches and looks; it never waits for the GPU.
 
-A dispatch is two messages: on the host, how many rows come for each slot; behind it the rows, received by source and
-tag into memory that has been found for them in the meantime.
+A dispatch is a frame where its rows are few: one message, whose receive is there before it (`exchange.frames`). Else it
+is two: on the host, how many rows come for each slot; behind it the rows, received by source and tag into memory that
+has been found for them in the meantime.
 """
 
 from __future__ import annotations
@@ -19,23 +20,26 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
+from moempi.device.arena import aligned
 from moempi.device.cuda_clock import Clock
-from moempi.device.cuda_memory import Block, MessageMemory, Rows
+from moempi.device.cuda_memory import MessageMemory, Rows
 from moempi.device.cuda_transfer import Copies, to_host
 from moempi.exchange.arrivals import Arrival
 from moempi.exchange.arrivals_cuda import CudaExperts
 from moempi.exchange.carrier import Carrier, Direct, Staged
 from moempi.exchange.engine import Channels, Engine, Limits
+from moempi.exchange.frames import Frame, Frames
 from moempi.exchange.host_memory import HostMemory
 from moempi.exchange.plan import Message, Tags, header_bytes
 from moempi.exchange.slots import LayerTable
 from moempi.exchange.tasks import Future, Slicer, Task
+from moempi.planning.gpu_memory import frames_posted
 from moempi.recorder import Recorder
 from moempi.stages import ANSWER_KIND, DISPATCH_KIND, EXPERT, LOADED, NO_STEP, RECEIVE
 
 T = TypeVar("T")
 
-LOOKS = 8  # at clocks and messages, of a rank with nothing else to do, before its next turn
+LOOKS = 32  # at clocks and messages, of a rank with nothing else to do, before its next turn
 
 
 class Whole(Slicer):
@@ -49,7 +53,7 @@ class Whole(Slicer):
         return 2**62
 
 
-class Header(NamedTuple):
+class Announced(NamedTuple):
     """What is known of a dispatch before its rows come."""
 
     source: int
@@ -64,9 +68,11 @@ class CudaEngine(Engine):
         payload: a further duplicate of the communicator, for rows of dispatches.
         memory: of messages.
         host: pinned memory through which rows travel; None where MPI takes that of GPUs.
+        frame_rows: of the largest frame; 0 where there are none.
     """
 
     experts: CudaExperts
+    looks = 1  # the next one follows at once
 
     def __init__(
         self,
@@ -82,6 +88,7 @@ class CudaEngine(Engine):
         payload: MPI.Intracomm,
         memory: MessageMemory,
         host: HostMemory | None = None,
+        frame_rows: int = 0,
     ):
         super().__init__(channels, tables, experts, dtype, d_model, tags, limits, recorder)
         self.memory, self._host = memory, host
@@ -92,7 +99,14 @@ class CudaEngine(Engine):
         copies = None if host is None else Copies()
         self._clocks = [self._high_clock, self._low_clock, *(copies.clocks if copies else ())]
         self._there, self._back = (self._carrier(comm, copies) for comm in (payload, channels.answers.Dup()))
-        self._headers: deque[Header] = deque()  # of dispatches that there has been no room for
+        self._frames: Frames | None = None
+        self._frame_rows = frame_rows
+        if frame_rows:
+            row, slots = d_model * dtype.itemsize, max(table.slots_on(self.rank) for table in tables.values())
+            largest = aligned(header_bytes(slots) + frame_rows * row) + aligned(frame_rows * row)
+            address, posted = memory.memory.data_ptr(), frames_posted(self.n_ranks)
+            self._frames = Frames(payload.Dup(), self.requests, address, memory.frames, largest, posted)
+        self._announced: deque[Announced] = deque()  # of dispatches that there has been no room for
         most_slots = max((table.slots_on(self.rank) for table in tables.values()), default=0)
         self._next_counts = np.empty(most_slots, dtype=np.int32)  # rows per slot, of the next header
         # Not among the requests, on whose end the engine waits: this one is always there.
@@ -125,20 +139,18 @@ class CudaEngine(Engine):
 
     def _rest(self) -> None:
         # Kernels and messages under way end within microseconds: sleeping would cost more than it saves, and a turn
-        # takes several times as long as what it is about. What is found is acted on at once.
+        # takes several times as long as a look. What is found is acted on at once, and the next look follows.
         if self.requests or self.experts.waiting or any(self._clocks):
             self._empty_polls = self._sleeps = 0
-            if self._prepare_call():
-                self.recorder.lap(RECEIVE)
-                return
             if self._work_early():
                 return
             for _ in range(LOOKS):
+                self._note_rest()  # up to this look, which may end what it waits for
                 if self._look_at_clocks() or self._take_arrivals() or self.requests.test():
                     self.recorder.lap(RECEIVE)
                     self._go_on()
-                    return
-                self._note_rest()
+                    if self._early or self._ready or self.experts:
+                        return
         super()._rest()
 
     def _work_early(self) -> bool:
@@ -196,18 +208,18 @@ class CudaEngine(Engine):
 
     # ------------------------------------------------------------ memory of messages
 
-    async def room(self, n: int, d: int, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[Block, Rows, Rows]:
+    async def room(self, n: int, d: int, dtypes: tuple[torch.dtype, torch.dtype]) -> tuple[int, Rows, Rows]:
         """A block of the homes' memory with rows [n, D] and their answers; waits until there is one."""
-        while (pair := self.memory.take_pair(n, d, dtypes, home=True)) is None:
+        while (pair := self.memory.take_pair(self.memory.home, n, d, dtypes)) is None:
             self._wanting_room.append(Future())
             await self._wanting_room[-1]
         return pair
 
-    def give(self, block: Block) -> None:
+    def give(self, block: int) -> None:
         """Take a block back, behind everything that has been launched on the current stream."""
         self._high_clock.after(lambda: self._given(block))
 
-    def _given(self, block: Block) -> None:
+    def _given(self, block: int) -> None:
         self.memory.give(block)
         waiting, self._wanting_room = self._wanting_room, []
         for future in waiting:
@@ -216,26 +228,41 @@ class CudaEngine(Engine):
     # ------------------------------------------------------------ the home's side
 
     def send(  # type: ignore[override]
-        self, message: Message, layer: int, microbatch: int, rows: Rows, answer: Rows, done: Future
+        self,
+        message: Message,
+        layer: int,
+        microbatch: int,
+        rows: Rows,
+        answer: Rows,
+        done: Future,
+        *,
+        framed: bool = False,
     ) -> None:
         """Dispatch rows [R, D], which are complete, to one rank; `answer` [R, D] is filled, then `done` notified.
 
         `done` is notified twice for a message to another rank: when the rows have left and when they are answered.
+
+        Args:
+            framed: a header lies ahead of the rows, and leaves with them where they are few enough.
         """
         tag = self.tags.of(layer, microbatch, message.piece)
-        peer, n = message.destination, len(rows)
+        peer, per_slot, n = message.destination, message.rows_per_slot, len(rows)
+        header = header_bytes(len(per_slot))
         if peer == self.rank:
             self.recorder.sent(DISPATCH_KIND, layer, peer, n, 0)
-            self.experts.add(Arrival(peer, tag, layer, microbatch, rows, answer, message.rows_per_slot, n, done))
+            counts = rows.address - header if framed and header else 0
+            self.experts.add(Arrival(peer, tag, layer, microbatch, rows, answer, per_slot, n, done, counts=counts))
             return
-        self.expect((peer, tag), layer, microbatch, peer, n)
-        header = np.array(message.rows_per_slot, dtype=np.int32)
-        self.requests.add(self._channels.dispatch.Isend(header, peer, tag), lambda: header)
-        self._there.send(rows, peer, tag, lambda: self.notify(done))
+        if framed and self._frames is not None and n <= self._frame_rows:
+            self._frames.send(rows.address - header, header + rows.nbytes, peer, tag, lambda: self.notify(done))
+        else:
+            counted = np.array(per_slot, dtype=np.int32)
+            self.requests.add(self._channels.dispatch.Isend(counted, peer, tag), lambda: counted)
+            self._there.send(rows, peer, tag, lambda: self.notify(done))
         # Behind what the other rank waits for.
+        self.expect((peer, tag), layer, microbatch, peer, n)
         self._back.receive(answer, peer, tag, lambda: self._answered(answer, peer, tag, layer, done))
-        nbytes = header_bytes(len(message.rows_per_slot)) + rows.nbytes
-        self.recorder.sent(DISPATCH_KIND, layer, peer, n, nbytes)
+        self.recorder.sent(DISPATCH_KIND, layer, peer, n, header + rows.nbytes)
 
     def _answered(self, answer: Rows, peer: int, tag: int, layer: int, done: Future) -> None:
         self.recorder.received(ANSWER_KIND, layer, peer, len(answer), answer.nbytes)
@@ -252,49 +279,76 @@ class CudaEngine(Engine):
         while self._next_header.Test(status):
             tag = status.Get_tag()
             counts = self._next_counts[: self.tables[self.tags.layer(tag)].slots_on(self.rank)].tolist()
-            self._headers.append(Header(status.Get_source(), tag, tuple(counts)))
+            self._announced.append(Announced(status.Get_source(), tag, tuple(counts)))
             self._next_header = self._post_header()
             moved = True
-        while self._headers and self._receive(self._headers[0]):
-            self._headers.popleft()
+        while self._announced and self._receive(self._announced[0]):
+            self._announced.popleft()
             moved = True
-        if moved:
-            self._prepare_call()  # while the rows are on their way
+        # One at a time: what it completes is launched before the next look, and the next receive posted.
+        if self._frames is not None:
+            frame = self._frames.take()
+            if frame is not None:
+                self._came(self._frames, frame)
+                return True
+            if self._frames.full:
+                self.experts.waiting.hurry()
         return moved
 
-    def _prepare_call(self) -> bool:
-        return self.experts.news and self._on_low_stream(self.experts.prepare)
+    def _came(self, frames: Frames, frame: Frame) -> None:
+        """A frame is here: rows behind a header that the kernels read; behind them there will be their answer."""
+        layer, dtype = self.tags.layer(frame.tag), self.dtype
+        n_slots = self.tables[layer].slots_on(self.rank)
+        header = header_bytes(n_slots)
+        n = (frame.nbytes - header) // (self.d_model * dtype.itemsize)
+        behind = aligned(frame.nbytes)
+        rows = self.memory.rows_at(frame.block + header, n, self.d_model, dtype)
+        answer = self.memory.rows_at(frame.block + behind, n, self.d_model, dtype)
+        frames.keep(frame, behind + rows.nbytes)
+        self._landed(
+            Arrival(
+                frame.source,
+                frame.tag,
+                layer,
+                self.tags.microbatch(frame.tag),
+                rows,
+                answer,
+                () if header else (n,),
+                n,
+                block=frame.block,
+                counts=rows.address - header if header else 0,
+            )
+        )
 
     def _post_header(self) -> MPI.Request:
         """A receive that is there before the next header is: one test moves it along and finds it."""
         return self._channels.dispatch.Irecv(self._next_counts, MPI.ANY_SOURCE, MPI.ANY_TAG)
 
-    def _receive(self, header: Header) -> bool:
+    def _receive(self, announced: Announced) -> bool:
         """Receive the rows of a dispatch if there is room for them and their answer."""
-        layer, n = self.tags.layer(header.tag), sum(header.rows_per_slot)
+        layer, n = self.tags.layer(announced.tag), sum(announced.rows_per_slot)
         dtypes = self.dtype, self.answer_dtype(self.tables[layer])
-        pair = self.memory.take_pair(n, self.d_model, dtypes, home=False)
+        pair = self.memory.take_pair(self.memory.arrivals, n, self.d_model, dtypes)
         if pair is None:
             self.experts.waiting.hurry()
             return False
         block, rows, answer = pair
         arrival = Arrival(
-            header.source,
-            header.tag,
+            announced.source,
+            announced.tag,
             layer,
-            self.tags.microbatch(header.tag),
+            self.tags.microbatch(announced.tag),
             rows,
             answer,
-            header.rows_per_slot,
+            announced.rows_per_slot,
             n,
-            charged=block.offset,
+            block=block,
         )
-        self._there.receive(rows, header.source, header.tag, lambda: self._landed(arrival))
-        self.experts.announce(arrival)
+        self._there.receive(rows, announced.source, announced.tag, lambda: self._landed(arrival))
         return True
 
     def _landed(self, arrival: Arrival) -> None:
-        nbytes = header_bytes(len(arrival.rows_per_slot)) + arrival.rows.nbytes
+        nbytes = header_bytes(self.tables[arrival.layer].slots_on(self.rank)) + arrival.rows.nbytes
         self.recorder.received(DISPATCH_KIND, arrival.layer, arrival.source, len(arrival.rows), nbytes)
         self.experts.add(arrival)
 
@@ -329,7 +383,7 @@ class CudaEngine(Engine):
             arrival.answer,
             arrival.source,
             arrival.tag,
-            lambda: self.memory.give(Block(arrival.charged, home=False)),
+            lambda: self.memory.give(arrival.block),
         )
         self.recorder.sent(ANSWER_KIND, arrival.layer, arrival.source, len(arrival.rows), arrival.answer.nbytes)
 
@@ -338,6 +392,8 @@ class CudaEngine(Engine):
         self._next_header.Cancel()
         self._next_header.Wait()
         super().free()
+        if self._frames is not None:
+            self._frames.free()
         self._there.free()
         self._back.free()
         if self._host is not None:

@@ -58,11 +58,16 @@ def plan_dispatch(covers: np.ndarray, table: LayerTable) -> DispatchPlan:
     return DispatchPlan(by_slot, plan_messages(slot_counts, table), slot_begin, len(flat))
 
 
-def plan_messages(slot_counts: np.ndarray, table: LayerTable) -> tuple[Message, ...]:
-    """The messages, where slot s gets slot_counts[s] rows."""
+def plan_messages(slot_counts: np.ndarray, table: LayerTable, header_rows: int = 0) -> tuple[Message, ...]:
+    """The messages, where slot s gets slot_counts[s] rows.
+
+    Args:
+        header_rows: so many lie ahead of those for each rank that holds slots, and belong to no message.
+    """
     per_slot, begin, messages, lo = slot_counts.tolist(), table.rank_begins, [], 0
     for rank in range(table.n_ranks):
         rows = per_slot[begin[rank] : begin[rank + 1]]
+        lo += header_rows if rows else 0
         hi = lo + sum(rows)
         if hi > lo:
             messages.append(Message(rank, lo, hi, tuple(rows)))
@@ -98,6 +103,21 @@ def header_bytes(n_slots: int) -> int:
     Rounded up to 64, so that the rows behind stay aligned.
     """
     return 0 if n_slots == 1 else -(-4 * n_slots // 64) * 64
+
+
+def header_places(table: LayerTable, header_rows: int) -> np.ndarray:
+    """What lies ahead of the rows of every slot, where each rank's rows are packed behind a header (of whole experts).
+
+    Args:
+        header_rows: that the header of a rank takes, at whose end it lies.
+
+    Returns:
+        int32 [S, 3]: the first slot of its rank, rows that headers take up to that rank's own, bytes of that one.
+    """
+    holders = np.unique(table.rank, return_inverse=True)[1]
+    nbytes = [header_bytes(table.slots_on(rank)) for rank in range(table.n_ranks)]
+    of_slot = table.rank_begin[table.rank], header_rows * (holders + 1), np.array(nbytes)[table.rank]
+    return np.stack(of_slot, axis=1).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ call would take: it is never late by more than that, and often saves it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 LONGEST = 5_000_000  # ns after which a layer's rows wait no longer, whatever else is there
 
@@ -21,13 +21,6 @@ class CallCost(NamedTuple):
     call: int  # ns that it takes for any
     slot: int  # ns more for each that it is for
     few: int  # rows, below which it takes no longer than this; 0 where it should never wait
-
-
-class Coming(Protocol):
-    """Rows on their way."""
-
-    source: int  # their home
-    left: int  # how many
 
 
 @dataclass
@@ -100,6 +93,10 @@ class Waiting:
         first = next(iter(self._queues))
         if now - self._queues[first].came > LONGEST:
             return first
+        if len(self._queues) == 1:  # nearly always
+            queue = self._queues[first]
+            waits = queue.rows < self._costs[first].few and now < queue.until and self._missing(first)
+            return None if waits else first
         full = [layer for layer, queue in self._queues.items() if queue.rows >= self._costs[layer].few]
         if full:
             return max(full, key=lambda layer: self._queues[layer].rows)
@@ -112,13 +109,6 @@ class Waiting:
         # Where each waits for one that waits here as well, in a circle, nobody comes before something is computed.
         here = set[int]().union(*(queue.homes for queue in self._queues.values()))
         return first if missing <= here else None
-
-    def is_whole_with(self, layer: int, coming: Collection[Coming]) -> bool:
-        """Whether few rows wait for a layer, and nobody else is expected with more once those are here that come."""
-        if layer not in self._queues:
-            return False
-        homes, rows = {one.source for one in coming}, sum(one.left for one in coming)
-        return self._queues[layer].rows + rows < self._costs[layer].few and self._missing(layer) <= homes
 
     def take(self, layer: int, left: Mapping[int, int], now: int) -> None:
         """A layer is computed; `left`: rows by home that the call had no room for. Who did not come is not expected."""

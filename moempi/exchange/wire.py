@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from mpi4py import MPI
 from torch import Tensor
 
 from moempi.exchange.plan import header_bytes
@@ -12,6 +15,11 @@ from moempi.exchange.plan import header_bytes
 def as_bytes(tensor: Tensor) -> np.ndarray:
     """The bytes of a contiguous tensor, without a copy: uint8 [nbytes]."""
     return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def bytes_at(address: int, nbytes: int) -> list[Any]:
+    """Memory at an address, of the host or a GPU, as MPI takes it."""
+    return [MPI.buffer.fromaddress(address, nbytes), MPI.BYTE]
 
 
 def frame(rows: Tensor, rows_per_slot: tuple[int, ...]) -> np.ndarray:

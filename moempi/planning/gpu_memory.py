@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moempi.device.arena import aligned
 from moempi.model.config import ModelConfig
 
 # CUDA's own, a little more than was seen: context and code of kernels.
@@ -20,6 +21,8 @@ ROUND = 16  # to a multiple of which their number is padded
 GRAPH_SHAPES = 12  # of a microbatch whose graphs are kept
 CALL_ROWS = 65536  # most rows of an expert call, and of a message: they are computed whole
 ROUND_ROWS = 512  # steps of the room that a recorded expert call has for its rows
+FRAMES_POSTED = 4
+_LEAST_FRAME = 64  # rows that a frame has room for, however many ranks there are
 _FLOAT32 = 4
 
 
@@ -56,9 +59,49 @@ def steady_rows(capacity: int) -> int:
     return min(STEADY, -(-capacity // ROUND) * ROUND)
 
 
-def steady_message_bytes(config: ModelConfig, dtype_bytes: int, capacity: int) -> int:
+def steady_message_rows(config: ModelConfig, dtype_bytes: int, capacity: int, n_ranks: int) -> int:
+    """Rows that a microbatch's steady steps send at most, with those that headers take among them."""
+    return steady_rows(capacity) * config.top_k + n_ranks * header_rows(config, dtype_bytes)
+
+
+def steady_message_bytes(config: ModelConfig, dtype_bytes: int, capacity: int, n_ranks: int) -> int:
     """Rows of a microbatch's steady steps and the room for their answers, which are kept beside those of prefill."""
-    return 2 * steady_rows(capacity) * config.top_k * config.d_model * dtype_bytes
+    return 2 * steady_message_rows(config, dtype_bytes, capacity, n_ranks) * config.d_model * dtype_bytes
+
+
+def header_rows(config: ModelConfig, dtype_bytes: int) -> int:
+    """Rows among which the header of a frame, four bytes for every slot in whole lines of 64, has room."""
+    return -(-_header_bytes(config) // (config.d_model * dtype_bytes))
+
+
+def frame_rows(config: ModelConfig, capacity: int, n_ranks: int) -> int:
+    """Most rows of a frame: twice as many as there are on average, where a steady step is spread evenly over ranks."""
+    rows = steady_rows(capacity) * config.top_k
+    return min(rows, max(_LEAST_FRAME, 2 * -(-rows // n_ranks)))
+
+
+def largest_frame(config: ModelConfig, dtype_bytes: int, rows: int) -> int:
+    """Bytes of a frame of so many rows and of their answers."""
+    nbytes = rows * config.d_model * dtype_bytes
+    return aligned(_header_bytes(config) + nbytes) + aligned(nbytes)
+
+
+def frames_posted(n_ranks: int) -> int:
+    """Receives that are there before their frames: one for each rank that may send some, up to a few."""
+    return min(FRAMES_POSTED, n_ranks - 1)
+
+
+def frame_bytes(config: ModelConfig, dtype_bytes: int, capacity: int, n_ranks: int) -> int:
+    """Memory of frames, where any are sent: what is posted, and two of each other rank that are here.
+
+    What a frame leaves free of its room is room for none: it lies between others.
+    """
+    rooms = frames_posted(n_ranks) + 2 * (n_ranks - 1)
+    return rooms * largest_frame(config, dtype_bytes, frame_rows(config, capacity, n_ranks))
+
+
+def _header_bytes(config: ModelConfig) -> int:
+    return 64 + 4 * config.n_experts
 
 
 def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:

@@ -88,7 +88,11 @@ def plan_memory(
     kv = kv_bytes(config, dtype_bytes, kv_tokens + PAGE * gpu)  # a GPU has a page for padding
     own = microbatches * home_message_bytes(config, dtype_bytes, max_step_tokens, placement)
     own *= 1 if relays is None else 2
-    own += microbatches * gpu_memory.steady_message_bytes(config, dtype_bytes, capacity) * gpu
+    frames = 0
+    if gpu:
+        own += microbatches * gpu_memory.steady_message_bytes(config, dtype_bytes, capacity, placement.n_ranks)
+        if placement.leaves == 1 and config.moe_layers:  # at most: rows that are staged are not sent so
+            frames = gpu_memory.frame_bytes(config, dtype_bytes, capacity, placement.n_ranks)
     step = step_bytes(config, dtype_bytes, capacity, max_step_tokens, microbatches)
     if gpu:
         step = gpu_memory.step_bytes(
@@ -109,7 +113,7 @@ def plan_memory(
             shared_bytes=shared,
             expert_bytes=int(experts[rank]),
             kv_bytes=kv * home[rank],
-            message_bytes=arrival_budget + own * home[rank] + (relays or {}).get(rank, 0),
+            message_bytes=arrival_budget + frames + own * home[rank] + (relays or {}).get(rank, 0),
             step_bytes=step,
             context_bytes=gpu_memory.CONTEXT if gpu else 0,
             trace_bytes=trace_bytes,

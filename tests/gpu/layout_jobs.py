@@ -21,12 +21,19 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "mpi"))
 from layouts import Cut, Layout, job_of, write_cuts
 from models import Model, difference, random_config, write_model
 
+from moempi import analysis
+from moempi.exchange.predict import RowSizes, messages_from_routes
+from moempi.exchange.slots import layer_tables
 from moempi.files.outputs import read_outputs
 from moempi.job import Job, to_toml
+from moempi.prepare import look
+from moempi.stages import CONTAINERS
 
 PROGRAMS = Path(__file__).parent / "programs"
 ON_GPU = {"run.device": "cuda", "run.share_gpus": True}
+ROUTES = {"trace.level": "routes"}
 DTYPES = "float32", "bfloat16"
+DENSE = "dense"  # a model without experts
 NEAR = 2e-3  # a greedy choice between two tokens whose log-probabilities are closer than this may fall either way
 
 
@@ -43,12 +50,12 @@ class Case:
 CASES = (
     Case("one", 1),
     Case("one-token-by-token", 1, {"run.prefill_tokens": 1, "run.capacity": 1}),
-    Case("two", 2, {"exchange.gpu_aware": "on", "run.microbatches": 2}),
-    Case("two-staged", 2, {"exchange.gpu_aware": "off", "run.prefill_tokens": 7, "run.microbatches": 3}),
+    Case("two", 2, {"exchange.gpu_aware": "on", "run.microbatches": 2, **ROUTES}),
+    Case("two-staged", 2, {"exchange.gpu_aware": "off", "run.prefill_tokens": 7, "run.microbatches": 3, **ROUTES}),
     Case("two-auto", 2, {"exchange.gpu_aware": "auto"}),
-    Case("four", 4, {"exchange.gpu_aware": "on", "run.microbatches": 2, "placement.strategy": "random"}),
+    Case("four", 4, {"exchange.gpu_aware": "on", "run.microbatches": 2, "placement.strategy": "random", **ROUTES}),
     Case("four-tight", 4, {"exchange.gpu_aware": "on", "exchange.arrival_budget": 0, "run.microbatches": 4}),
-    Case("four-pieces", 4, {"exchange.gpu_aware": "on", "exchange.piece_bytes": 600, "placement.replicas": 2}),
+    Case("four-pieces", 4, {"exchange.gpu_aware": "on", "exchange.piece_bytes": 600, "placement.replicas": 2} | ROUTES),
     Case("four-lockstep", 4, {"exchange.gpu_aware": "on", "exchange.lockstep": True, "run.capacity": 3}),
     Case("two-poisoned", 2, {"exchange.gpu_aware": "on", "run.microbatches": 3}, engine="poisoned"),
     Case("two-staged-poisoned", 2, {"exchange.gpu_aware": "off", "run.microbatches": 3}, engine="poisoned"),
@@ -64,6 +71,7 @@ class Runs:
     """What came out, by (model, case)."""
 
     outputs: Mapping[tuple[str, str], Path]
+    jobs: Mapping[tuple[str, str], Job]
 
 
 def models(folder: Path, dtypes: Sequence[str], n: int, longest: int) -> dict[str, Model]:
@@ -74,8 +82,14 @@ def models(folder: Path, dtypes: Sequence[str], n: int, longest: int) -> dict[st
             place = folder / f"{dtype}-{i}"
             place.mkdir()
             config = random_config(rng, rng.choice([4, 5, 8]))
+            if i == 0 and dtype == "bfloat16":
+                config["hidden_size"] += config["hidden_size"] % 2  # rows of whole words are sent in frames
             lengths = [70, *(rng.randint(1, longest) for _ in range(6))]  # the first one goes over a page
             made[place.name] = write_model(place, config, 100 + i, lengths, 9, {"model.dtype": dtype})
+    (folder / DENSE).mkdir()
+    config = random_config(rng, 4)
+    config["mlp_only_layers"] = list(range(config["num_hidden_layers"]))
+    made[DENSE] = write_model(folder / DENSE, config, 99, [5, 9, 1], 4, {"model.dtype": "float32"})
     return made
 
 
@@ -89,9 +103,11 @@ def run_all(
         longest: prompt, but for one of 70 tokens.
     """
     outputs: dict[tuple[str, str], Path] = {}
+    named: dict[tuple[str, str], Job] = {}
     launches: dict[tuple[int, str, str], list[Job]] = {}
     for name, model in models(folder, dtypes, n_models, longest).items():
-        for case in (*CASES, *LEAFY, Case("cpu", 1), Case("cpu-leaves", 1, {"model.leaves": 4})):
+        all_cases = *CASES, *LEAFY, Case("cpu", 1), Case("cpu-leaves", 1, {"model.leaves": 4})
+        for case in (case for case in all_cases if name != DENSE or case.name in ("one", "two")):
             device = "cpu" if case.name.startswith("cpu") else "cuda"
             options = {**case.options, **(ON_GPU if device == "cuda" else {"run.device": "cpu"})}
             outputs[name, case.name] = folder / f"{name}.{case.name}.h5"
@@ -100,10 +116,11 @@ def run_all(
             if layout.cuts:
                 write_cuts(job, layout)
             launches.setdefault((case.ranks, device, case.engine), []).append(job)
+            named[name, case.name] = job
     for (ranks, device, engine), jobs in launches.items():
         name = "run_jobs.py" if device == "cpu" else program
         _launch(folder / f"{ranks}-{device}-{engine}", PROGRAMS / name, ranks, engine, jobs)
-    return Runs(outputs)
+    return Runs(outputs, named)
 
 
 def _cuts(case: Case, model: Model) -> tuple[Cut, ...]:
@@ -136,6 +153,32 @@ def check_layouts(runs: Runs, name: str) -> None:
     expected = read_outputs(runs.outputs[name, "one"])
     for case in CASES:
         assert not difference(expected, runs.outputs[name, case.name]), case.name
+
+
+def check_dense(runs: Runs) -> None:
+    """A model without experts, of which no rank sends any rows."""
+    expected = read_outputs(runs.outputs[DENSE, "one"])
+    assert len(expected) == 3 and not difference(expected, runs.outputs[DENSE, "two"])
+
+
+def check_traces(runs: Runs, name: str) -> None:
+    """Traffic is what the routes say, spans are a partition of each rank's time, and all counts agree."""
+    for case in (case for case in CASES if "trace.level" in case.options):
+        job = runs.jobs[name, case.name]
+        trace, shape = analysis.load(job.trace_file), look(job, case.ranks).shape
+        sizes = RowSizes(shape.config.d_model, shape.dtype.itemsize, shape.layout.piece_rows)
+        predicted = messages_from_routes(trace.routes, layer_tables(shape.layout.placement), sizes)
+        order = np.lexsort([trace.traffic[key] for key in ("destination", "layer", "kind", "source")])
+        for key, column in predicted.items():
+            assert np.array_equal(trace.traffic[key][order], column), (case.name, key)
+        assert predicted["messages"].sum() > 0
+        assert analysis.disagreements(trace, read_outputs(job.output.file)) == [], case.name
+        assert analysis.coverage(trace).tolist() == [1.0] * case.ranks, case.name
+        leaves = trace.spans["stage"] >= len(CONTAINERS)
+        for rank in range(case.ranks):
+            mine = leaves & (trace.spans["rank"] == rank)
+            begin, end = trace.spans["begin"][mine], trace.spans["end"][mine]
+            assert (end >= begin).all() and np.array_equal(begin[1:], end[:-1]), case.name
 
 
 def check_cuts(runs: Runs, name: str) -> None:

@@ -8,7 +8,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("torch sees no GPU here", allow_module_level=True)
 
-from layout_jobs import DTYPES, Runs, check_cuts, check_layouts, check_tokens, run_all
+from layout_jobs import DTYPES, Runs, check_cuts, check_dense, check_layouts, check_tokens, check_traces, run_all
 
 NAMES = [f"{dtype}-{i}" for dtype in DTYPES for i in range(2)]
 
@@ -21,6 +21,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bits_do_not_depend_on_the_layout(runs: Runs, name: str) -> None:
     check_layouts(runs, name)
+
+
+def test_a_model_without_experts(runs: Runs) -> None:
+    check_dense(runs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_traces_add_up(runs: Runs, name: str) -> None:
+    check_traces(runs, name)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random as python_random
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from moempi.device import cuda_experts, cuda_rows
 from moempi.device.cuda import Cuda, row_is_independent
 from moempi.device.cuda_attention import attend, tiles_agree
 from moempi.device.cuda_clock import Clock
-from moempi.device.cuda_experts import Batch, Scratch, Stack, parts_of
+from moempi.device.cuda_experts import Scratch, Stack, parts_of
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import product
@@ -28,12 +29,14 @@ from moempi.device.cuda_transfer import all_to_device, words_of
 from moempi.device.product_tiles import TILES
 from moempi.device.tile_plan import TILE, WIDE_TILE, TilePlan, plan_tiles
 from moempi.exchange.arrivals import Arrival
-from moempi.exchange.arrivals_cuda import CudaExperts
+from moempi.exchange.plan import header_places
+from moempi.exchange.slots import layer_tables
 from moempi.model import gate
 from moempi.model.attention import Span
 from moempi.model.cache import KVCache, pages_for
 from moempi.model.ops import Rotary
 from moempi.planning.gpu_memory import GRAPH_SHAPES
+from moempi.planning.placement import Placement
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Relative to the norm of the reference: one rounding to the dtype, and sums in float32.
@@ -51,6 +54,10 @@ def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
 def on_gpu(plan: TilePlan) -> TilePlan:
     tensors = plan.tensors()
     return replace(plan, **all_to_device(tensors, torch.empty(words_of(tensors), dtype=torch.int64, device="cuda")))
+
+
+def batch(rows: Rows, answer: Rows, rows_per_slot: tuple[int, ...], counts: int = 0) -> Arrival:
+    return Arrival(0, 0, 0, 0, rows, answer, rows_per_slot, len(rows), counts=counts)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -147,11 +154,38 @@ def test_padding_is_not_sorted_packed_or_combined(
     assert torch.equal(found[tokens:], x[tokens:])
 
 
-@pytest.mark.parametrize("n", [1, 77, WORDS])
-def test_words_come_with_the_launch(n: int) -> None:
-    words, there = [(-1) ** i * (2**40 + i) for i in range(n)], torch.zeros(n + 1, dtype=torch.int64, device="cuda")
-    cuda_rows.put_words(words, there)
-    assert there.tolist() == [*words, 0]
+@pytest.mark.parametrize("padding", [0, 16])
+@pytest.mark.parametrize("tokens,k", [(1, 1), (17, 4), (300, 8)])
+def test_headers_lie_ahead_of_the_rows_of_each_rank(random: torch.Generator, tokens: int, k: int, padding: int) -> None:
+    """Seven slots on three of four ranks, of which one holds one slot; a header is three rows of 8 words."""
+    slots = {"layer": [0] * 7, "expert": range(7), "replica": [0] * 7, "lo": [0] * 7, "hi": [1] * 7}
+    placement = Placement.from_slots(4, 7, 1, (0,), {**slots, "rank": [0, 0, 0, 1, 3, 3, 3]})
+    table, each, d = layer_tables(placement)[0], 3, 8
+    n, total = tokens * k, 3 * each
+    experts = torch.randint(0, 6, (tokens + padding, k), generator=random, device="cuda", dtype=torch.int32)
+    turns = torch.zeros(tokens + padding, dtype=torch.int64, device="cuda")
+    turns[tokens:] = -1
+    cover_of = torch.arange(7, dtype=torch.int32, device="cuda").unsqueeze(1)
+    counts = torch.full((7,), -1, dtype=torch.int64, pin_memory=True)
+    packed = torch.full((n + total, d), -7, dtype=torch.int32, device="cuda")
+    of_slots = torch.from_numpy(header_places(table, each)).cuda()
+    headers = cuda_rows.Headers(of_slots, total, each, packed.data_ptr(), 4 * d)
+    found, places = cuda_rows.sort_pairs(
+        experts, turns, cover_of, torch.ones_like(cover_of), 0, counts, headers=headers
+    )
+    torch.cuda.synchronize()
+    alone, _, alone_counts = sort_pairs(experts[:tokens], 7)
+    assert torch.equal(counts, alone_counts)
+    expected, lo = [], 0
+    for rank in (0, 1, 3):
+        mine = counts[table.rank_begin[rank] : table.rank_begin[rank + 1]].tolist()
+        header = packed.view(-1)[: (len(expected) + each) * d][-16:].tolist()
+        assert header == ([*mine, *[-7] * 13] if len(mine) > 1 else [-7] * 16)
+        expected += [-1] * each + alone[lo : lo + sum(mine)].tolist()
+        lo += sum(mine)
+    assert found.tolist() == expected + [-1] * (padding * k)
+    assert (places[tokens:] == -1).all()
+    assert torch.equal(found[places[:tokens].flatten().long()].cpu(), torch.arange(n, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("tokens,e,k", [(1, 1, 1), (9, 5, 2), (33, 128, 8), (1000, 64, 6), (3, 3000, 9)])
@@ -211,7 +245,7 @@ def test_greedy(random: torch.Generator, s: int, v: int, pinned: bool) -> None:
         out = tuple(torch.full((s,), -1, dtype=dtype).pin_memory() for dtype in types)
     found = cuda_rows.greedy(logits, out)
     torch.cuda.synchronize()
-    assert out is None or found is out
+    assert out is None or all(map(operator.is_, found, out))
     tokens, logprobs = (tensor.to("cuda") for tensor in found)
     assert torch.equal(tokens, logits.argmax(-1))
     expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.unsqueeze(1)).squeeze(1)
@@ -283,7 +317,10 @@ def test_heads_are_turned_and_written(
 def test_experts_find_the_rows_of_every_batch_and_slot(
     random: torch.Generator, d: int, hidden: int, more: int, dtype: torch.dtype, exact: bool
 ) -> None:
-    """Several arrivals of a layer with empty slots among them: every row meets its own expert, alone or together."""
+    """Several arrivals of a layer with empty slots among them: every row meets its own expert, alone or together.
+
+    Of some the host knows the rows per slot, of some the GPU alone.
+    """
     n_slots = 5 + more
     gate_up, down = draw(random, n_slots, 2 * hidden, d, dtype=dtype), draw(random, n_slots, d, hidden, dtype=dtype)
     counts = [(3, 0, 70, 1, 0), (0, 0, 0, 0, 9), (1, 1, 1, 1, 1), (0, 2, 0, 0, 0)]
@@ -291,15 +328,20 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
     total = sum(map(sum, counts))
     memory = draw(random, 2 * total, d, dtype=dtype)
     flat, batches, slots, lo = memory.view(-1), [], [], 0
+    headers, unknown = [], []
     for per_slot in counts:
         n = sum(per_slot)
-        batches.append(Batch(Rows(flat, lo * d, n, d), Rows(flat, (total + lo) * d, n, d), per_slot))
+        places = Rows(flat, lo * d, n, d), Rows(flat, (total + lo) * d, n, d)
+        batches.append(batch(*places, per_slot))
+        headers.append(torch.tensor(per_slot, dtype=torch.int32, device="cuda"))
+        unknown.append(batch(*places, (), headers[-1].data_ptr()))
         slots += [slot for slot, rows in enumerate(per_slot) for _ in range(rows)]
         lo += n
     stack, stream = Stack(gate_up, down, exact=exact, scratch=Scratch()), torch.cuda.Stream()
     products = {}
     # Together, few at once; rows that fit one tile of every slot: launched, recorded, and replayed.
-    for given in (batches, batches[:1], batches[3:], *[batches[1:]] * 4):
+    some = batches[0], unknown[1], batches[2], unknown[3]
+    for given in (batches, unknown, some, batches[:1], unknown[:1], batches[3:], *[batches[1:], unknown[1:]] * 4):
         memory[total:] = torch.nan
         torch.cuda.synchronize()
         with torch.cuda.stream(stream):  # nothing is recorded on the default one
@@ -315,83 +357,27 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
                 assert memory[total + i].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_call_is_prepared_while_its_rows_are_on_their_way(
-    random: torch.Generator, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
-) -> None:
-    """As prepared, or with fewer rows or behind another layer's call, for which what was prepared does not hold."""
-    d, hidden, n_slots, counts = 64, 32, 3, [(2, 0, 3), (1, 4, 0), (0, 0, 6)]
-    sizes = draw(random, n_slots, 2 * hidden, d, dtype=dtype), draw(random, n_slots, d, hidden, dtype=dtype)
-    scratch = Scratch()
-    layers = {n: Stack(*sizes, exact=True, scratch=scratch) for n in range(4)}
-    total = sum(map(sum, counts))
-    memory = poisoned(2 * total, d, dtype=dtype)
-    rows, flat, stream = draw(random, total, d, dtype=dtype), memory.view(-1), torch.cuda.Stream()
-    begins = [sum(map(sum, counts[:i])) for i in range(len(counts))]
-
-    def arrival(i: int, layer: int) -> Arrival:
-        n, tag = sum(counts[i]), 0
-        places = (Rows(flat, (lo + begins[i]) * d, n, d) for lo in (0, total))
-        return Arrival(i, tag, layer, 0, *places, counts[i], n)
-
-    def land(experts: CudaExperts, *arrivals: Arrival) -> None:
-        for one in arrivals:
-            lo, n = begins[one.source], len(one.rows)
-            memory[lo : lo + n].copy_(rows[lo : lo + n])
-            experts.add(one)
-
-    def nothing_prepared(*_: object) -> None:
-        raise AssertionError("the call was there already")
-
-    def served(experts: CudaExperts) -> list[int]:
-        memory[total:] = torch.nan
-        torch.cuda.synchronize()
-        _, _, taken = experts.serve(0)
-        torch.cuda.synchronize()
-        return [one.source for one in taken]
-
-    def answers(*sources: int) -> list[Tensor]:
-        return [memory[total + begins[i] :][: sum(counts[i])].clone() for i in sources]
-
-    with torch.cuda.stream(stream):
-        experts = CudaExperts(layers, flat)
-        land(experts, *(arrival(i, 0) for i in range(3)))
-        assert not experts.prepare(), "nothing is on its way"
-        assert served(experts) == [0, 1, 2]
-        expected = answers(0, 1, 2)
-        # Launched, recorded, replayed.
+@pytest.mark.parametrize("n_slots", [1, 3])
+def test_a_call_has_more_batches_than_words_go_along_with_a_launch(random: torch.Generator, n_slots: int) -> None:
+    """Of every third the host alone knows the rows per slot; each has the bits that it has by itself."""
+    d, n, per_slot, batches = 32, WORDS // 3 + 9, (2, 0, 1)[:n_slots], []
+    rows = sum(per_slot)
+    gate_up, down = draw(random, n_slots, 2 * 16, d), draw(random, n_slots, d, 16)
+    memory, counts = draw(random, 2 * n * rows, d), torch.tensor(per_slot, dtype=torch.int32, device="cuda")
+    flat, answers = memory.view(-1), memory[n * rows :]
+    for i in range(n):
+        known = (per_slot, 0) if i % 3 == 0 or n_slots == 1 else ((), counts.data_ptr())
+        places = (Rows(flat, (first + i * rows) * d, rows, d) for first in (0, n * rows))
+        batches.append(batch(*places, *known))
+    stack = Stack(gate_up, down, exact=True, scratch=Scratch())
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for one in batches:
+            stack([one], flat)
+        expected = answers.clone()
         for _ in range(3):
-            memory[:total] = torch.nan
-            first, second, third = (arrival(i, 0) for i in range(3))
-            experts.announce(second)
-            assert not experts.prepare(), "nothing waits for it"
-            land(experts, first)
-            experts.announce(third)
-            assert experts.prepare() and not experts.news
-            land(experts, third)
-            assert experts.news and not experts.prepare(), "the same rows, of which some are here now"
-            land(experts, second)
-            with monkeypatch.context() as patch:
-                patch.setattr(Stack, "prepare", nothing_prepared)
-                assert served(experts) == [0, 2, 1]
-            assert all(map(torch.equal, answers(0, 1, 2), expected))
-        first, second, third = arrival(0, 0), arrival(1, 0), arrival(2, 1)
-        land(experts, first)
-        experts.announce(second)
-        assert experts.prepare()
-        assert served(experts) == [0] and torch.equal(*answers(0), expected[0]), "fewer"
-        land(experts, second)
-        assert served(experts) == [1] and torch.equal(*answers(1), expected[1])
-        land(experts, third)
-        first, second = arrival(0, 0), arrival(1, 0)
-        land(experts, first)
-        experts.announce(second)
-        assert experts.prepare()
-        experts.waiting.hurry()
-        assert served(experts) == [2] and torch.equal(*answers(2), expected[2]), "another layer"
-        assert experts.news, "what was prepared is no more"
-        land(experts, second)
-        assert served(experts) == [0, 1] and all(map(torch.equal, answers(0, 1), expected[:2]))
+            answers.fill_(torch.nan)
+            stack(batches, flat)
+            assert torch.equal(answers, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -407,7 +393,7 @@ def test_experts_have_the_same_bits_by_every_tile(
     flat, answers = memory.view(-1), memory[sum(n) :]
     begins = 0, n[0]
     batches = [
-        Batch(Rows(flat, begin * d, rows, d), Rows(flat, (sum(n) + begin) * d, rows, d), of_slots)
+        batch(Rows(flat, begin * d, rows, d), Rows(flat, (sum(n) + begin) * d, rows, d), of_slots)
         for begin, rows, of_slots in zip(begins, n, counts, strict=True)
     ]
     stack = Stack(gate_up, down, exact=True, scratch=Scratch())

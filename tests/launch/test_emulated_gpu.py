@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
-from layout_jobs import DTYPES, Runs, check_cuts, check_layouts, check_tokens, run_all
+from layout_jobs import DTYPES, Runs, check_cuts, check_dense, check_layouts, check_tokens, check_traces, run_all
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +27,15 @@ def test_the_bits_do_not_depend_on_the_layout(runs: Runs, dtype: str) -> None:
     check_layouts(runs, f"{dtype}-0")
 
 
+def test_a_model_without_experts(runs: Runs) -> None:
+    check_dense(runs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_traces_add_up(runs: Runs, dtype: str) -> None:
+    check_traces(runs, f"{dtype}-0")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_bits_do_not_depend_on_cuts(runs: Runs, dtype: str) -> None:
     check_cuts(runs, f"{dtype}-0")
@@ -37,9 +46,9 @@ def test_tokens_are_those_of_the_cpu(runs: Runs, cpu: str, gpu: str) -> None:
     check_tokens(runs, "float32-0", cpu, gpu)
 
 
-def test_calls_and_steps_are_put_together_early(runs: Runs) -> None:
+def test_steps_are_made_ahead_and_send_frames(runs: Runs) -> None:
     """Else the others say nothing of it."""
     folder = next(iter(runs.outputs.values())).parent
-    told = [Counter(json.loads(file.read_text())) for file in folder.glob("*/*.early-*.json")]
+    told = [Counter(json.loads(file.read_text())) for file in folder.glob("*/*.steady-*.json")]
     counts = sum(told, Counter())
-    assert counts["calls_prepared"] > 0 and counts["steps_ahead"] > 0, counts
+    assert counts["frames"] > 0 and counts["steps_ahead"] > 0, counts

@@ -7,8 +7,6 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -47,8 +45,12 @@ def test_blocks_never_overlap_and_an_empty_arena_is_whole() -> None:
     for _ in range(3000):
         if held and rng.random() < 0.5:
             begin = rng.choice(list(held))
-            del held[begin]
-            arena.give(begin)
+            if rng.random() < 0.3:
+                held[begin] = rng.randint(1, held[begin])
+                arena.shrink(begin, held[begin])
+            else:
+                del held[begin]
+                arena.give(begin)
         else:
             size = rng.randint(1, 20 * ALIGNMENT)
             begin = arena.take(size)
@@ -59,6 +61,16 @@ def test_blocks_never_overlap_and_an_empty_arena_is_whole() -> None:
     for begin in held:
         arena.give(begin)
     assert arena.take(100 * ALIGNMENT) == 0
+
+
+def test_a_block_gives_back_what_is_behind_its_first_bytes() -> None:
+    arena = Arena(1024, 4 * ALIGNMENT)
+    assert arena.take(3 * ALIGNMENT) == 1024
+    arena.shrink(1024, ALIGNMENT + 1)
+    arena.shrink(1024, 2 * ALIGNMENT)  # as it is
+    assert arena.in_use == 2 * ALIGNMENT and arena.take(2 * ALIGNMENT) == 1024 + 2 * ALIGNMENT
+    with pytest.raises(KeyError):
+        arena.shrink(0, 1)
 
 
 def test_what_never_fits_and_what_was_never_taken_are_errors() -> None:
@@ -398,22 +410,6 @@ def test_of_two_layers_each_is_behind_the_other() -> None:
     waiting.take(8, {}, now=2)
     waiting.add(3, home=1, rows=1, slots=1, now=3)
     assert waiting.choose(3) is None, "home 0 begins its next step"
-
-
-def test_rows_on_their_way_make_a_call_whole_once_nobody_else_is_expected() -> None:
-    def coming(*homes: int, rows: int = 1) -> list[Any]:
-        return [SimpleNamespace(source=home, left=rows) for home in homes]
-
-    waiting = Waiting(COSTS)
-    assert not waiting.is_whole_with(0, coming(0)), "nothing waits for them"
-    for home in (0, 1, 2):
-        waiting.add(0, home, rows=1, slots=1, now=0)
-    assert waiting.is_whole_with(0, coming(1)), "they have been here"
-    assert not waiting.is_whole_with(0, coming(1, rows=FEW - 3)), "not few any more"
-    waiting.take(0, {}, now=0)
-    waiting.add(1, home=0, rows=1, slots=1, now=1)
-    assert not waiting.is_whole_with(1, coming(1)), "home 2 is expected"
-    assert waiting.is_whole_with(1, coming(1, 2))
 
 
 def test_what_stands_in_the_way_waits_no_longer() -> None:

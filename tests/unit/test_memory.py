@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moempi.device.arena import Arena
 from moempi.errors import FitError
 from moempi.exchange.nodes import pretended
 from moempi.exchange.relay_plan import Ways
@@ -132,8 +134,9 @@ def test_a_home_with_a_gpu_has_a_page_for_padding() -> None:
 def test_a_home_with_a_gpu_keeps_room_for_the_messages_of_steady_steps() -> None:
     placement = place(SMALL, 2, PlacementOptions(replicas=0), 1)
     on_cpu, on_gpu = (memory.plan_memory(SMALL, 2, placement, **STEP, gpu=gpu, homes=[0]) for gpu in (False, True))
-    more = STEP["microbatches"] * gpu_memory.steady_message_bytes(SMALL, 2, STEP["capacity"])
-    assert [b.message_bytes - a.message_bytes for a, b in zip(on_cpu, on_gpu, strict=True)] == [more, 0]
+    more = STEP["microbatches"] * gpu_memory.steady_message_bytes(SMALL, 2, STEP["capacity"], n_ranks=2)
+    frames = gpu_memory.frame_bytes(SMALL, 2, STEP["capacity"], n_ranks=2)
+    assert [b.message_bytes - a.message_bytes for a, b in zip(on_cpu, on_gpu, strict=True)] == [more + frames, frames]
 
 
 def test_a_model_without_experts() -> None:
@@ -319,8 +322,31 @@ def test_activations_on_a_gpu_by_hand() -> None:
 
 
 def test_messages_of_steady_steps_on_a_gpu_by_hand() -> None:
-    # 16 rows for 3 sequences, 2 pairs each, 8 wide in bfloat16, and as much for the answers.
-    assert gpu_memory.steady_message_bytes(SMALL, 2, capacity=3) == 2 * 16 * 2 * 8 * 2
+    # 16 rows for 3 sequences, 2 pairs each, 8 wide in bfloat16, and as much for the answers. Before them a header for
+    # each of 5 ranks: a line of 64 bytes and 4 for each of 5 experts, in rows of 16.
+    header = 64 + 4 * SMALL.n_experts
+    assert header == 84 and gpu_memory.header_rows(SMALL, 2) == 6
+    assert gpu_memory.steady_message_bytes(SMALL, 2, capacity=3, n_ranks=5) == 2 * (16 * 2 + 5 * 6) * 8 * 2
+    # A frame has these 32 rows behind a header, and room for their answers, in whole blocks of 512.
+    assert gpu_memory.frame_rows(SMALL, capacity=3, n_ranks=2) == 32
+    assert gpu_memory.largest_frame(SMALL, 2, 32) == 1024 + 512
+    # One receive is posted for each other rank, up to four, and two frames of each may be here.
+    assert [gpu_memory.frame_bytes(SMALL, 2, 3, n) for n in (1, 2, 5, 64)] == [0, 3 * 1536, 12 * 1536, 130 * 1536]
+    # Of 1024 rows there is room for twice the average, and for some in any case.
+    assert [gpu_memory.frame_rows(SMALL, 512, n) for n in (1, 2, 3, 8, 64)] == [1024, 1024, 684, 256, 64]
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3, 4, 8, 64])
+def test_frames_of_all_ranks_are_here_with_a_receive_for_the_next(n_ranks: int) -> None:
+    """Two of each, small ones and large ones, while as many receives are posted as there is room for."""
+    largest = gpu_memory.largest_frame(SMALL, 2, gpu_memory.frame_rows(SMALL, 512, n_ranks))
+    arena, rng = Arena(0, gpu_memory.frame_bytes(SMALL, 2, 512, n_ranks)), random.Random(n_ranks)
+    posted: list[int] = []
+    for _ in range(2 * (n_ranks - 1)):
+        while len(posted) < gpu_memory.frames_posted(n_ranks) and (block := arena.take(largest)) is not None:
+            posted.append(block)
+        arena.shrink(posted.pop(rng.randrange(len(posted))), rng.randint(1, largest))
+    assert posted or arena.take(largest) is not None
 
 
 def test_steady_steps_have_whole_rounds_of_rows_and_so_many_at_most() -> None:

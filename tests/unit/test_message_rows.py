@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moempi.device.cuda_memory import Block, MessageMemory, Rows, block_bytes
+from moempi.device.cuda_memory import MessageMemory, Rows, block_bytes
 
 
 def memory_of(home: int, arrivals: int) -> MessageMemory:
@@ -16,9 +16,9 @@ def memory_of(home: int, arrivals: int) -> MessageMemory:
 def test_rows_lie_where_they_say(dtype: torch.dtype, begin: int) -> None:
     """A block at byte 512, 3 rows of 5: from element 512 / itemsize on."""
     memory = memory_of(2048, 512)
-    assert memory.take(1, home=True) == Block(0, True)
-    found = memory.take_pair(3, 5, (dtype, dtype), home=True)
-    assert found and found[0] == Block(512, True)
+    assert memory.home.take(1) == 0
+    found = memory.take_pair(memory.home, 3, 5, (dtype, dtype))
+    assert found and found[0] == 512
     rows = found[1]
     assert (len(rows), rows.begin, rows.offset, rows.nbytes) == (3, begin, 512, 15 * dtype.itemsize)
     assert rows.address == memory.memory.data_ptr() + 512 == rows.tensor().data_ptr()
@@ -39,11 +39,11 @@ def test_answers_behind_rows_of_one_block() -> None:
     """Bfloat16 rows [2, 100] take 400 bytes of 512; the float32 answers begin behind them."""
     memory = memory_of(512, 4096)
     assert block_bytes([2 * 100 * 2, 2 * 100 * 4]) == 512 + 1024
-    found = memory.take_pair(2, 100, (torch.bfloat16, torch.float32), home=False)
+    found = memory.take_pair(memory.arrivals, 2, 100, (torch.bfloat16, torch.float32))
     assert found
     block, rows, answers = found
-    assert block == Block(512, False)
+    assert block == 512
     assert (rows.offset, rows.nbytes, answers.offset, answers.nbytes) == (512, 400, 1024, 800)
-    assert memory.take_pair(5, 100, (torch.bfloat16, torch.float32), home=False) is None
+    assert memory.take_pair(memory.arrivals, 5, 100, (torch.bfloat16, torch.float32)) is None
     memory.give(block)
-    assert memory.take(4096, home=False) == Block(512, False)
+    assert memory.arrivals.take(4096) == 512

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from moempi.exchange.plan import Message, Tags, cut_into_pieces, header_bytes, message_pieces, plan_dispatch
+from moempi.exchange.plan import (
+    Message,
+    Tags,
+    cut_into_pieces,
+    header_bytes,
+    header_places,
+    message_pieces,
+    plan_dispatch,
+    plan_messages,
+)
 from moempi.exchange.predict import RowSizes, messages_from_routes
 from moempi.exchange.slots import LayerTable, layer_tables
 from moempi.exchange.wire import frame, read_header
@@ -64,6 +73,15 @@ def test_rows_of_a_cut_expert_go_to_every_piece() -> None:
     plan = plan_dispatch(np.array([[0], [1], [0]]), table)
     assert plan.pairs.tolist() == [0, 2, 1, 0, 2]
     assert plan.messages == (Message(0, 0, 2, (2,)), Message(1, 2, 3, (1,)), Message(2, 3, 5, (2,)))
+
+
+def test_rows_lie_behind_the_headers_of_ranks_with_slots() -> None:
+    """Ranks 0 and 3 hold two slots, rank 1 one, rank 2 none; three rows for each header, and rank 1 gets nothing."""
+    table = table_of([0, 0, 1, 3, 3], [0, 1, 2, 3, 4], 4)
+    messages = plan_messages(np.array([2, 0, 0, 1, 4]), table, header_rows=3)
+    assert messages == (Message(0, 3, 5, (2, 0)), Message(3, 11, 16, (1, 4)))
+    assert header_places(table, 3).tolist() == [[0, 3, 64], [0, 3, 64], [2, 6, 0], [3, 9, 64], [3, 9, 64]]
+    assert header_places(table, 0)[:, 1].tolist() == [0] * 5
 
 
 def test_no_tokens_no_messages() -> None:

@@ -136,7 +136,7 @@ def choose(blocks: int, kinds: Any, logits: int, experts: int, weights: int, t: 
 
 def sort_pairs(
     blocks: int, kinds: Any, experts: int, turns: int, cover_of: int, replicas: int, pairs: int, places: int,
-    counts: int, n: int, top_k: int, most: int, layer: int,
+    counts: int, n: int, top_k: int, most: int, layer: int, headers: int, each: int, packed: int, row: int,
 ) -> None:  # fmt: skip
     chosen, turn = at(experts, (n,), torch.int32).long(), at(turns, (n // top_k,), torch.int64)
     turn = turn.repeat_interleave(top_k)
@@ -148,16 +148,31 @@ def sort_pairs(
     of_covers, landing = covers[covers < blocks].bincount(minlength=blocks), at(counts, (blocks,), torch.int64)
     landing.fill_(-1)  # what the host finds there before the stream has come past a mark behind this
     COMING.add(lambda: landing.copy_(of_covers))
-    at(pairs, (n,), torch.int32).copy_(torch.where(torch.arange(n) < real, order, -1))
-    into = at(places, (n,), torch.int32)
-    into[order] = torch.where(torch.arange(n) < real, torch.arange(n), -1).int()
+    ahead = at(headers, (blocks, 3), torch.int32).tolist() if headers else [(0, 0, 0)] * blocks
+    sorted_pairs, into = at(pairs, (n + ahead[-1][1],), torch.int32), at(places, (n,), torch.int32)
+    sorted_pairs.fill_(-1)
+    into.fill_(-1)
+    of, begin = of_covers.tolist(), of_covers.cumsum(0) - of_covers
+    for place, pair in enumerate(order[:real].tolist()):
+        into[pair] = place + ahead[covers[pair]][1]
+        sorted_pairs[into[pair]] = pair
+    for cover, (first, rows, nbytes) in enumerate(ahead):
+        if nbytes:
+            header = packed + (int(begin[first]) + rows) * row - nbytes
+            at(header + 4 * (cover - first), (1,), torch.int32).fill_(of[cover])
 
 
 def row_tables(
     blocks: int, kinds: Any, batches: int, tiles: int, inward: int, outward: int, room: int, n_batches: int,
-    n_slots: int, tile: int, row: int,
+    n_slots: int, tile: int, row: int, *taken_along: int,
 ) -> None:  # fmt: skip
-    given, at_tile, begin = at(batches, (n_batches, n_slots + 2), torch.int64).tolist(), 0, 0
+    told, at_tile, begin = list(taken_along), 0, 0
+    if batches:
+        told = at(batches, (3 * n_batches,), torch.int64).tolist()
+    given = []
+    for rows, answers, counts in (told[3 * i : 3 * i + 3] for i in range(n_batches)):
+        of_slots = [counts] if n_slots == 1 else at(counts, (n_slots,), torch.int32).tolist()
+        given.append([rows, answers, *of_slots])
     table = at(tiles, (room, 3), torch.int64)
     table[:, 0] = 0
     for slot in range(n_slots):
@@ -172,10 +187,6 @@ def row_tables(
             begin += n
 
 
-def put_words(blocks: int, kinds: Any, address: int, n: int, *values: int) -> None:
-    at(address, (n,), torch.int64).copy_(torch.tensor(values[:n]))
-
-
 def greedy(blocks: int, kinds: Any, logits: int, tokens: int, logprobs: int, v: int) -> None:
     scores = at(logits, (blocks, v), torch.float32)
     best = scores.argmax(-1)  # the first of equals
@@ -188,7 +199,7 @@ def greedy(blocks: int, kinds: Any, logits: int, tokens: int, logprobs: int, v: 
 KERNELS: dict[str, Callable[..., None]] = {
     each.__name__: each
     for each in (
-        rms_norm, add_norm, turn_heads, swiglu, gather, combine, choose, sort_pairs, row_tables, put_words, greedy
+        rms_norm, add_norm, turn_heads, swiglu, gather, combine, choose, sort_pairs, row_tables, greedy
     )
 }  # fmt: skip
 
@@ -385,11 +396,6 @@ def launched_late(work: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def prepared_late(prepare: Callable[..., Callable[[], None]]) -> Callable[..., Callable[[], None]]:
-    """An expert call whose launch, as what it puts on the GPU before, comes later."""
-    return lambda *given: launched_late(prepare(*given))
-
-
 # ---------------------------------------------------------------- putting it in place
 
 
@@ -462,9 +468,8 @@ def _patch_moempi(late: bool) -> None:
     COMING.late = late
     if late:
         cuda_clock.Clock.look = looking_late(cuda_clock.Clock.look, random.Random(1))  # type: ignore[method-assign,assignment]
-        cuda_experts.put_words = launched_late(cuda_experts.put_words)
         for experts in (cuda_experts.Stack, cuda_experts.Pieces):
-            experts.prepare = prepared_late(experts.prepare)  # type: ignore[method-assign]
+            experts.__call__ = launched_late(experts.__call__)  # type: ignore[method-assign]
     cuda_graphs.Graphs._record = record  # type: ignore[method-assign]
     transfer.to_host = to_host
     transfer.pin = lambda address, nbytes: None  # type: ignore[assignment]
@@ -478,33 +483,34 @@ def _patch_moempi(late: bool) -> None:
 
 
 def main() -> None:
-    """The jobs, and beside their list what was done before it was needed, by rank."""
+    """The jobs, and beside their list, by rank, how often that was done which only steady steps do."""
     import run_jobs
     from mpi4py import MPI
 
-    from moempi.exchange import arrivals_cuda
-    from moempi.exchange.arrivals_cuda import CudaExperts
+    from moempi import build_cuda
+    from moempi.exchange.engine_cuda import CudaEngine
     from moempi.layer_cuda import StepBuffers
+    from moempi.planning import gpu_memory
+    from moempi.planning.gpu_memory import frame_rows, largest_frame
 
-    if sys.argv[2] == "plain":
-        arrivals_cuda.CALL *= 10  # so that calls wait for rows of others, which take longer here
-    made: list[Any] = []
-    for kind in (CudaExperts, StepBuffers):
-        kind.__init__ = noting(kind.__init__, made)  # type: ignore[method-assign]
-    run_jobs.main()
-    names = "calls_prepared", "steps_ahead"
-    told = {name: sum(getattr(one, name, 0) for one in made) for name in names}
-    Path(sys.argv[1]).with_suffix(f".early-{MPI.COMM_WORLD.rank}.json").write_text(json.dumps(told))
+    gpu_memory.FRAMES_POSTED = 2  # fewer than there are ranks that send some
+    if sys.argv[2] == "poisoned":  # and no more room than for them
+        build_cuda.frame_bytes = lambda *sizes: largest_frame(*sizes[:2], frame_rows(sizes[0], *sizes[2:]))  # type: ignore[attr-defined]
+    made, frames = list[StepBuffers](), [0]
+    make, came = StepBuffers.__init__, CudaEngine._came
 
-
-def noting(make: Callable[..., None], made: list[Any]) -> Callable[..., None]:
-    """An `__init__` that keeps what it makes."""
-
-    def wrapped(one: Any, *given: Any, **options: Any) -> None:
-        make(one, *given, **options)
+    def kept(one: StepBuffers, *given: Any) -> None:
+        make(one, *given)
         made.append(one)
 
-    return wrapped
+    def counted(engine: CudaEngine, *given: Any) -> None:
+        frames[0] += 1
+        came(engine, *given)
+
+    StepBuffers.__init__, CudaEngine._came = kept, counted  # type: ignore[method-assign,assignment]
+    run_jobs.main()
+    told = {"steps_ahead": sum(one.steps_ahead for one in made), "frames": frames[0]}
+    Path(sys.argv[1]).with_suffix(f".steady-{MPI.COMM_WORLD.rank}.json").write_text(json.dumps(told))
 
 
 if __name__ == "__main__":

@@ -30,17 +30,16 @@ def engine_type(name: str) -> Any:
 
     if name == "plain":
         return Engine
-    from moempi.device.cuda_memory import Block, MessageMemory
+    from moempi.device.cuda_memory import MessageMemory
     from moempi.exchange.engine_cuda import CudaEngine
 
     rng, poison = random.Random(1), torch.cuda.Stream()
 
     class PoisonedMemory(MessageMemory):
-        def give(self, block: Block) -> None:
-            arena = self.home if block.home else self.arrivals
-            end = arena._taken[block.offset]
+        def give(self, block: int) -> None:
+            end = self.arena_of(block)._taken[block]
             with torch.cuda.stream(poison):
-                self.memory[block.offset : end].fill_(255)
+                self.memory[block:end].fill_(255)
                 event = torch.cuda.Event()
                 event.record()
             while not event.query():
