@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for the model; 5 GB")
     parser.add_argument("--mode", default="fast")
     parser.add_argument("--new-tokens", type=int, default=60)
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of the jobs")
     parser.add_argument("--small", action="store_true", help="a trial of this script on the CPU, in small")
     given = parser.parse_args()
     world = start_mpi("cpu" if given.small else "cuda")
@@ -95,6 +96,7 @@ def measure(world: Any, folder: Path, prompts: int, given: argparse.Namespace) -
 
     options = [f"run.device={'cpu' if given.small else 'cuda'}"]
     options += [] if given.small else [f"model.mode={given.mode}", "run.prefill_tokens=4096"]
+    options += given.set
 
     def seconds_of(name: str) -> float:
         nonlocal options

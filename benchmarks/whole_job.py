@@ -55,12 +55,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a trial of this script on the CPU, in small")
     parser.add_argument("--skip", nargs="*", default=[], choices=["moempi", "alone", "copies", "tp"])
     parser.add_argument("--ways", nargs="*", type=int, help="of `transformers`, by their places; all by default")
+    parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of moempi's jobs")
     given = parser.parse_args()
-    if (given.skip or given.ways) and not given.out:
+    if (given.skip or given.ways or given.set) and not given.out:
         parser.error("--out: what is not all of it does not belong into results/")
     end, n = time.monotonic() + given.seconds, given.gpus or count_gpus()
     out = (given.out or HERE / "results" / f"whole_job_{n}.json").resolve()
-    results: dict[str, Any] = {"gpus": n, "devices": devices(), "versions": versions()}
+    results: dict[str, Any] = {"gpus": n, "devices": devices(), "versions": versions(), "set": given.set}
     parts = [part for part in PARTS if part[0] not in given.skip]
     with tempfile.TemporaryDirectory(dir=given.folder, prefix="moempi-bench-") as name:
         folder = Path(name)
@@ -101,6 +102,7 @@ def moempi(folder: Path, n: int, deadline: float, given: argparse.Namespace) -> 
     out, new, device = folder / "moempi.json", 4 if given.small else NEW_TOKENS, "cpu" if given.small else "cuda"
     counts = [n] if "alone" in given.skip else [n, 1]
     line = [*_mpi(n), str(HERE / "whole_job_ranks.py"), str(folder), str(new), device, str(out), *map(str, counts)]
+    line += given.set
     try:
         _finish(_start(line, dict(os.environ)), line, deadline)
         error = {}

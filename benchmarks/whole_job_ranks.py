@@ -1,6 +1,6 @@
 """Started under mpirun: a random model as whole jobs, prefill and all of it, on the first so many ranks. Writes JSON.
 
-python whole_job_ranks.py FOLDER NEW_TOKENS DEVICE OUT COUNT [COUNT ...]
+python whole_job_ranks.py FOLDER NEW_TOKENS DEVICE OUT COUNT [COUNT ...] [OPTION=VALUE ...]
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ WARM_UP = 16  # prompts of a first job, for which kernels are compiled
 
 def main() -> None:
     folder, new_tokens, device, out = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
-    counts = list(map(int, sys.argv[5:]))
+    counts = [int(one) for one in sys.argv[5:] if "=" not in one]
+    options_given = [one for one in sys.argv[5:] if "=" in one]
     world = start_mpi(device)
     from moempi.bench.jobs import Phase, run_job, without_trial  # which load MPI
 
@@ -41,6 +42,7 @@ def main() -> None:
         options = [f"run.device={device}"]
         if device == "cuda":
             options += ["model.mode=fast", "run.prefill_tokens=4096"]
+        options += options_given
         for name in ("warm", "prefill", "prefill", "whole"):
             outcome = None
             if world.rank < ranks:

@@ -363,13 +363,13 @@ def come(*_: Any) -> None:
         pass
 
 
-def looking_late(look: Callable[[Any], bool], rng: random.Random) -> Callable[[Any], bool]:
+def looking_late(look: Callable[..., bool], rng: random.Random) -> Callable[..., bool]:
     """A look at what comes, before which as often as not the GPU comes past one mark more, or something else."""
 
-    def wrapped(at_what: Any) -> bool:
+    def wrapped(at_what: Any, **options: bool) -> bool:
         if rng.random() < 0.5:
             COMING.step()
-        return look(at_what)
+        return look(at_what, **options)
 
     return wrapped
 
