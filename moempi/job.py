@@ -99,7 +99,12 @@ class GenerateOptions(Section):
 
 class RunOptions(Section):
     capacity: int = option(8, "sequences that a home rank works on at the same time", "sequences", ge=1)
-    prefill_tokens: int = option(512, "most tokens of one microbatch in a step", "tokens", ge=1)
+    prefill_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = option(
+        "auto",
+        "most tokens of one microbatch in a step, or run.capacity if that is more; auto: 512, on GPUs up to 4096 "
+        "where the KV cache has room beside them",
+        "tokens",
+    )
     microbatches: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = option(
         "auto",
         "microbatches in flight on every rank; auto: 1, or 2 where expert calls have many rows; in prefill 2 on "

@@ -6,7 +6,9 @@ Pure: no MPI, no torch, no files but a placement that is given. `moempi run --dr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +29,10 @@ from moempi.planning.routes import Route, Work, choose_route, steps_of_a_home
 from moempi.router.admission import home_ranks
 
 Fitted = TypeVar("Fitted")
+
+# Tokens of a microbatch in a step, where a job leaves them to the device.
+CPU_PREFILL, GPU_PREFILL = 512, (4096, 2048, 1024, 512)
+KV_KEPT = 0.9  # of the KV cache, with steps of more tokens than the least
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def lay_out(
     device: str = "cpu",
     gpu_bytes: int = 0,
 ) -> Layout:
-    """Decide the layout of a job.
+    """Decide the layout of a job; what it leaves to the device is decided here.
 
     Args:
         dtype: of weights and activations, "float32" or "bfloat16".
@@ -88,12 +94,50 @@ def lay_out(
         FitError: it does not fit the ranks or `memory.limit`, with numbers on both sides.
         JobError, DataError: the placement file does not belong to this job, or its mode is not to be had.
     """
+    attempt = partial(
+        _lay_out, job, config, dtype, n_ranks, positions, load, new_tokens, nodes, links, device, gpu_bytes
+    )
+    *longer, least = _prefill_sizes(job, device)
+    shortest: Layout | None = None
+    for tokens in longer:
+        with suppress(FitError):
+            found = attempt(tokens)
+            if found.kv_tokens == found.kv_wanted:
+                return found
+            # Longer steps save time, but not at the expense of sequences that then have to wait.
+            shortest = shortest or attempt(least)
+            if found.kv_tokens >= KV_KEPT * shortest.kv_tokens:
+                return found
+    return shortest or attempt(least)
+
+
+def _prefill_sizes(job: Job, device: str) -> tuple[int, ...]:
+    """Tokens of a microbatch in a step that may be taken, the most first."""
+    if job.run.prefill_tokens == "auto":
+        return GPU_PREFILL if device == "cuda" else (CPU_PREFILL,)
+    return (job.run.prefill_tokens,)
+
+
+def _lay_out(
+    job: Job,
+    config: ModelConfig,
+    dtype: str,
+    n_ranks: int,
+    positions: Sequence[int],
+    load: np.ndarray | None,
+    new_tokens: Sequence[int],
+    nodes: Nodes | None,
+    links: Links | None,
+    device: str,
+    gpu_bytes: int,
+    prefill_tokens: int,
+) -> Layout:
     nbytes = {"float32": 4, "bfloat16": 2}[dtype]
     homes = home_ranks(job.admission.policy, job.admission.homes, n_ranks)
     # Fewer sequences than places: what a home really holds decides.
     held = min(job.run.capacity, -(-len(positions) // len(homes)))
     microbatches = _microbatches(job, config, n_ranks, held, device)
-    step_tokens = max(job.run.prefill_tokens, job.run.capacity)
+    step_tokens = max(prefill_tokens, job.run.capacity)
     budget = memory.arrival_budget(job.exchange.arrival_budget, config, nbytes, step_tokens)
     least, wanted = _kv_tokens(job, positions)
     fitting = _Fitting(

@@ -31,7 +31,8 @@ def memory_table(layout: Layout) -> list[str]:
     lines += [f"The totals hold {show_bytes(notes)} for the trace on its way to the disk."] if notes else []
     if layout.kv_tokens < layout.kv_wanted:
         lines += [f"KV cache: {layout.kv_tokens} of {layout.kv_wanted} positions; sequences wait for room."]
-    return [f"Memory per rank on {layout.n_ranks} ranks, {layout.dtype}, {count}:", *lines]
+    steps = f"steps of {layout.step_tokens} tokens"
+    return [f"Memory per rank on {layout.n_ranks} ranks, {layout.dtype}, {count}, {steps}:", *lines]
 
 
 def route_lines(layout: Layout) -> list[str]:

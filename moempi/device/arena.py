@@ -48,17 +48,6 @@ class Arena:
                 return begin
         return None
 
-    def shrink(self, begin: int, nbytes: int) -> None:
-        """Take back what a block has behind its first `nbytes`.
-
-        Raises:
-            KeyError: no block that is handed out begins there.
-        """
-        end = begin + aligned(nbytes)
-        if end < self._taken[begin]:
-            self._taken[end], self._taken[begin] = self._taken[begin], end
-            self.give(end)
-
     def give(self, begin: int) -> None:
         """Take a block back.
 

@@ -296,13 +296,14 @@ class CudaEngine(Engine):
         if self._frames is not None:
             frame = self._frames.take()
             if frame is not None:
-                self._came(self._frames, frame)
+                self._came(frame)
                 return True
-            if self._frames.full:
+            if self._frames.full and self.experts.waiting:
                 self.experts.waiting.hurry()
+                return moved or bool(self.experts)
         return moved
 
-    def _came(self, frames: Frames, frame: Frame) -> None:
+    def _came(self, frame: Frame) -> None:
         """A frame is here: rows behind a header that the kernels read; behind them there will be their answer."""
         layer, dtype = self.tags.layer(frame.tag), self.dtype
         n_slots = self.tables[layer].slots_on(self.rank)
@@ -311,7 +312,6 @@ class CudaEngine(Engine):
         behind = aligned(frame.nbytes)
         rows = self.memory.rows_at(frame.block + header, n, self.d_model, dtype)
         answer = self.memory.rows_at(frame.block + behind, n, self.d_model, dtype)
-        frames.keep(frame, behind + rows.nbytes)
         self._landed(
             Arrival(
                 frame.source,

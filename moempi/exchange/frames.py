@@ -33,7 +33,7 @@ class Frames:
         comm: of the frames; theirs from now on.
         memory: address of the memory of messages.
         arena: of the part of it that frames and their answers take.
-        largest: bytes of a frame and its answer.
+        largest: bytes of a frame and its answer; all blocks are as large, so that what is free is whole rooms.
         posted: receives that are there before their frames, where the arena has room.
     """
 
@@ -54,7 +54,7 @@ class Frames:
         return not self._posted and self._most > 0
 
     def take(self) -> Frame | None:
-        """A frame that is here; `keep` follows."""
+        """A frame that is here; its block is the taker's to give back."""
         while len(self._posted) < self._most and (block := self._arena.take(self._largest)) is not None:
             buffer = bytes_at(self._memory + block, self._largest)
             self._posted.append(self._comm.Irecv(buffer, MPI.ANY_SOURCE, MPI.ANY_TAG))
@@ -70,10 +70,6 @@ class Frames:
             return None
         del self._posted[index]
         return Frame(status.Get_source(), status.Get_tag(), self._blocks.pop(index), status.Get_count(MPI.BYTE))
-
-    def keep(self, frame: Frame, nbytes: int) -> None:
-        """Give back what the block of a frame has behind its first bytes."""
-        self._arena.shrink(frame.block, nbytes)
 
     def free(self) -> None:
         """Give the communicator back. Collective."""

@@ -92,10 +92,7 @@ def frames_posted(n_ranks: int) -> int:
 
 
 def frame_bytes(config: ModelConfig, dtype_bytes: int, capacity: int, n_ranks: int) -> int:
-    """Memory of frames, where any are sent: what is posted, and two of each other rank that are here.
-
-    What a frame leaves free of its room is room for none: it lies between others.
-    """
+    """Memory of frames, where any are sent: room for those that are posted, and two of each other rank."""
     rooms = frames_posted(n_ranks) + 2 * (n_ranks - 1)
     return rooms * largest_frame(config, dtype_bytes, frame_rows(config, capacity, n_ranks))
 

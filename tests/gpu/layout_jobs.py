@@ -32,6 +32,7 @@ from moempi.stages import CONTAINERS
 PROGRAMS = Path(__file__).parent / "programs"
 ON_GPU = {"run.device": "cuda", "run.share_gpus": True}
 ROUTES = {"trace.level": "routes"}
+TIGHT = {"exchange.arrival_budget": 0, "run.prefill_tokens": 16, "run.capacity": 3}
 DTYPES = "float32", "bfloat16"
 DENSE = "dense"  # a model without experts
 NEAR = 2e-3  # a greedy choice between two tokens whose log-probabilities are closer than this may fall either way
@@ -54,7 +55,7 @@ CASES = (
     Case("two-staged", 2, {"exchange.gpu_aware": "off", "run.prefill_tokens": 7, "run.microbatches": 3, **ROUTES}),
     Case("two-auto", 2, {"exchange.gpu_aware": "auto"}),
     Case("four", 4, {"exchange.gpu_aware": "on", "run.microbatches": 2, "placement.strategy": "random", **ROUTES}),
-    Case("four-tight", 4, {"exchange.gpu_aware": "on", "exchange.arrival_budget": 0, "run.microbatches": 4}),
+    Case("four-tight", 4, {"exchange.gpu_aware": "on", "run.microbatches": 4, **TIGHT}),
     Case("four-pieces", 4, {"exchange.gpu_aware": "on", "exchange.piece_bytes": 600, "placement.replicas": 2} | ROUTES),
     Case("four-lockstep", 4, {"exchange.gpu_aware": "on", "exchange.lockstep": True, "run.capacity": 3}),
     Case("two-poisoned", 2, {"exchange.gpu_aware": "on", "run.microbatches": 3}, engine="poisoned"),

@@ -36,7 +36,7 @@ CONFIG = {
     "norm_topk_prob": True, "tie_word_embeddings": True, "rope_theta": 1e4, "rms_norm_eps": 1e-6,
     "max_position_embeddings": 4096, "eos_token_id": 0,
 }  # fmt: skip
-OPTIONS = {"model.dtype": "bfloat16", "run.device": "cuda", "generate.stop_at_eos": False}
+OPTIONS = {"model.dtype": "bfloat16", "run.device": "cuda", "run.prefill_tokens": 512, "generate.stop_at_eos": False}
 
 
 def test_a_limit_holds_and_sequences_wait(tmp_path: Path) -> None:

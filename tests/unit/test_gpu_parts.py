@@ -45,12 +45,8 @@ def test_blocks_never_overlap_and_an_empty_arena_is_whole() -> None:
     for _ in range(3000):
         if held and rng.random() < 0.5:
             begin = rng.choice(list(held))
-            if rng.random() < 0.3:
-                held[begin] = rng.randint(1, held[begin])
-                arena.shrink(begin, held[begin])
-            else:
-                del held[begin]
-                arena.give(begin)
+            del held[begin]
+            arena.give(begin)
         else:
             size = rng.randint(1, 20 * ALIGNMENT)
             begin = arena.take(size)
@@ -61,16 +57,6 @@ def test_blocks_never_overlap_and_an_empty_arena_is_whole() -> None:
     for begin in held:
         arena.give(begin)
     assert arena.take(100 * ALIGNMENT) == 0
-
-
-def test_a_block_gives_back_what_is_behind_its_first_bytes() -> None:
-    arena = Arena(1024, 4 * ALIGNMENT)
-    assert arena.take(3 * ALIGNMENT) == 1024
-    arena.shrink(1024, ALIGNMENT + 1)
-    arena.shrink(1024, 2 * ALIGNMENT)  # as it is
-    assert arena.in_use == 2 * ALIGNMENT and arena.take(2 * ALIGNMENT) == 1024 + 2 * ALIGNMENT
-    with pytest.raises(KeyError):
-        arena.shrink(0, 1)
 
 
 def test_what_never_fits_and_what_was_never_taken_are_errors() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,9 +271,16 @@ def test_the_cache_gets_the_most_pages_that_fit() -> None:
         most_that_fits(1024, 2048, attempt)
 
 
-def layout_within(limit: int, kv_tokens: int | str = "auto", device: str = "cpu", gpu_bytes: int = 0) -> Layout:
+def layout_within(
+    limit: int,
+    kv_tokens: int | str = "auto",
+    device: str = "cpu",
+    gpu_bytes: int = 0,
+    sizes: Mapping[str, int] = {"capacity": 8, "prefill_tokens": 512},
+) -> Layout:
     """SMALL on two ranks: 40 prompts that come to 70 positions, eight at a time."""
     table = {
+        "run": dict(sizes),
         "model": {"weights": "w.h5"}, "input": {"file": "i.h5"}, "output": {"file": "o.h5"},
         "memory": {"limit": limit, "kv_tokens": kv_tokens}, "exchange": {"arrival_budget": 0},
     }  # fmt: skip
@@ -293,6 +301,25 @@ def test_a_limit_leaves_room_for_so_many_sequences(device: str) -> None:
     assert layout_within(limit - 1, device=device).kv_tokens == 4 * 128 - 64
     with pytest.raises(FitError, match=r"need 6 slots on a rank; memory\.limit has room for 5"):
         layout_within(limit - memory.kv_bytes(SMALL, 2, 3 * 128) - 1, device=device)
+
+
+def test_what_is_left_to_the_device() -> None:
+    """Steps of 512 tokens; on GPUs as long ones as the KV cache leaves room for, up to 4096."""
+    assert [layout_within(0, device=device, sizes={}).step_tokens for device in ("cpu", "cuda")] == [512, 4096]
+
+    def within(limit: int) -> Layout:
+        return layout_within(limit, device="cuda", sizes={"capacity": 8})
+
+    sizes = [layout_within(0, device="cuda", sizes={"capacity": 8, "prefill_tokens": n}) for n in (4096, 2048, 512)]
+    most, half, least = (one.memory[0].total for one in sizes)
+    page = memory.kv_bytes(SMALL, 2, 64)
+    assert within(most).step_tokens == 4096
+    # A page less of sixteen is little enough; two are not, and steps of half as many tokens leave all.
+    assert (within(most - page).step_tokens, within(most - page).kv_tokens) == (4096, 15 * 64)
+    assert (within(most - 2 * page).step_tokens, within(most - 2 * page).kv_tokens) == (2048, 16 * 64)
+    assert (within(half).step_tokens, within(least).step_tokens) == (2048, 512)
+    # Where even the least leave no more, none are longer.
+    assert (within(least - 8 * page).step_tokens, within(least - 8 * page).kv_tokens) == (512, 8 * 64)
 
 
 def test_what_a_gpu_has_is_a_limit_where_the_job_has_none() -> None:
@@ -337,16 +364,18 @@ def test_messages_of_steady_steps_on_a_gpu_by_hand() -> None:
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3, 4, 8, 64])
-def test_frames_of_all_ranks_are_here_with_a_receive_for_the_next(n_ranks: int) -> None:
-    """Two of each, small ones and large ones, while as many receives are posted as there is room for."""
+def test_frames_of_all_ranks_are_here_with_receives_for_the_next(n_ranks: int) -> None:
+    """Two of each rank, taken and given back in any order, and all receives are posted."""
     largest = gpu_memory.largest_frame(SMALL, 2, gpu_memory.frame_rows(SMALL, 512, n_ranks))
     arena, rng = Arena(0, gpu_memory.frame_bytes(SMALL, 2, 512, n_ranks)), random.Random(n_ranks)
-    posted: list[int] = []
-    for _ in range(2 * (n_ranks - 1)):
-        while len(posted) < gpu_memory.frames_posted(n_ranks) and (block := arena.take(largest)) is not None:
-            posted.append(block)
-        arena.shrink(posted.pop(rng.randrange(len(posted))), rng.randint(1, largest))
-    assert posted or arena.take(largest) is not None
+    rooms, held = gpu_memory.frames_posted(n_ranks) + 2 * (n_ranks - 1), list[int]()
+    for _ in range(500):
+        if held and rng.random() < 0.4:
+            arena.give(held.pop(rng.randrange(len(held))))
+        elif len(held) < rooms:
+            block = arena.take(largest)
+            assert block is not None
+            held.append(block)
 
 
 def test_steady_steps_have_whole_rounds_of_rows_and_so_many_at_most() -> None:

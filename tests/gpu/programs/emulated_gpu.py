@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+LARGEST_FRAME = 2  # rows; of steady steps there are messages that fit, and larger ones
 TYPES = {"float": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -494,10 +495,11 @@ def main() -> None:
     from moempi.planning.gpu_memory import frame_rows, largest_frame
 
     gpu_memory.FRAMES_POSTED = 2  # fewer than there are ranks that send some
+    build_cuda.frame_rows = lambda *_: LARGEST_FRAME  # type: ignore[attr-defined]
     if sys.argv[2] == "poisoned":  # and no more room than for them
         build_cuda.frame_bytes = lambda *sizes: largest_frame(*sizes[:2], frame_rows(sizes[0], *sizes[2:]))  # type: ignore[attr-defined]
-    made, frames = list[StepBuffers](), [0]
-    make, came = StepBuffers.__init__, CudaEngine._came
+    made, frames, too_large = list[StepBuffers](), [0], [0]
+    make, came, send = StepBuffers.__init__, CudaEngine._came, CudaEngine.send
 
     def kept(one: StepBuffers, *given: Any) -> None:
         make(one, *given)
@@ -507,9 +509,13 @@ def main() -> None:
         frames[0] += 1
         came(engine, *given)
 
-    StepBuffers.__init__, CudaEngine._came = kept, counted  # type: ignore[method-assign,assignment]
+    def sent(engine: CudaEngine, message: Any, *given: Any, framed: bool = False) -> None:
+        too_large[0] += framed and message.destination != engine.rank and message.hi - message.lo > LARGEST_FRAME
+        send(engine, message, *given, framed=framed)
+
+    StepBuffers.__init__, CudaEngine._came, CudaEngine.send = kept, counted, sent  # type: ignore[method-assign,assignment]
     run_jobs.main()
-    told = {"steps_ahead": sum(one.steps_ahead for one in made), "frames": frames[0]}
+    told = {"steps_ahead": sum(one.steps_ahead for one in made), "frames": frames[0], "too_large": too_large[0]}
     Path(sys.argv[1]).with_suffix(f".steady-{MPI.COMM_WORLD.rank}.json").write_text(json.dumps(told))
 
 
