@@ -26,7 +26,7 @@ _WAYS_OUT = "lower run.capacity, memory.kv_tokens, run.prefill_tokens or exchang
 # Combined in float32, and so are the pieces of a cut expert returned.
 _FLOAT32 = 4
 # Below this many rows an expert call is bound by reading the weights, and a second microbatch reads them twice.
-_ROWS_FOR_TWO = 64
+_ROWS_FOR_TWO, _ROWS_FOR_TWO_ON_GPU = 64, 128
 # Microbatches that keep a rank busy in prefill: one computes, others are on their way.
 _PREFILLING, _PREFILLING_ON_GPU = 2, 3
 
@@ -239,7 +239,7 @@ def microbatches_auto(
     cost mostly Python, and two microbatches make twice as many.
     """
     rows = capacity * config.top_k * n_ranks / config.n_experts
-    decoding = 1 if n_ranks == 1 or rows < _ROWS_FOR_TWO else 2
+    decoding = 1 if n_ranks == 1 or rows < (_ROWS_FOR_TWO_ON_GPU if gpu else _ROWS_FOR_TWO) else 2
     alone_or_small = n_ranks == 1 or is_small_expert(-(-config.expert_hidden // leaves), config.d_model)
     prefilling = _PREFILLING_ON_GPU if gpu else 1 if alone_or_small else _PREFILLING
     return Microbatches(max(decoding, min(prefilling, capacity)), decoding)

@@ -165,17 +165,19 @@ def test_the_budget_holds_one_largest_message_and_its_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_ranks", "capacity", "prefilling", "decoding"),
+    ("n_ranks", "capacity", "prefilling", "decoding", "on_gpu"),
     [
-        (1, 1000, 1, 1),  # alone: nothing is under way while it computes
-        (4, 39, 2, 1),  # 39 x 2 x 4 / 5 = 62.4 rows per expert call
-        (4, 40, 2, 2),  # 64 rows
+        (1, 1000, 1, 1, 1),  # alone: nothing is under way while it computes
+        (4, 39, 2, 1, 1),  # 39 x 2 x 4 / 5 = 62.4 rows per expert call
+        (4, 40, 2, 2, 1),  # 64 rows
+        (4, 79, 2, 2, 1),  # 126.4 rows
+        (4, 80, 2, 2, 2),  # 128 rows
     ],
 )
-def test_microbatches_auto(n_ranks: int, capacity: int, prefilling: int, decoding: int) -> None:
+def test_microbatches_auto(n_ranks: int, capacity: int, prefilling: int, decoding: int, on_gpu: int) -> None:
     assert memory.microbatches_auto(LARGE, n_ranks, capacity, gpu=False) == (prefilling, decoding)
     assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=False) == (decoding, decoding)
-    assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=True) == (3, decoding)
+    assert memory.microbatches_auto(SMALL, n_ranks, capacity, gpu=True) == (3, on_gpu)
 
 
 @pytest.mark.parametrize(("gpu", "expected"), [(False, [1, 2, 2, 2]), (True, [1, 2, 3, 3])])
