@@ -34,8 +34,8 @@ from moempi.planning import memory as plan
 from moempi.planning.gpu_memory import (
     call_rows,
     frame_bytes,
-    frame_rows,
     header_rows,
+    largest_frame,
     steady_message_bytes,
     steady_message_rows,
     steady_rows,
@@ -89,7 +89,7 @@ def build_rank(
         payload=world.Dup(),
         memory=memory,
         host=HostMemory(world, memory.memory.nbytes) if way.staged else None,
-        frame_rows=frame_rows(config, job.run.capacity, world.size) if framed else 0,
+        largest_frame=largest_frame(config, shape.dtype.itemsize, job.run.capacity, world.size) if framed else 0,
     )
     control = Control(world.Dup(), engine.requests)
     wide = most_rows_of_a_tile(config, shape.dtype, device) if world.rank in layout.homes else TILE

@@ -32,7 +32,7 @@ from moempi.exchange.frames import Frame, Frames
 from moempi.exchange.host_memory import HostMemory
 from moempi.exchange.plan import Message, Tags, header_bytes
 from moempi.exchange.slots import LayerTable
-from moempi.exchange.tasks import Future, Slicer, Task
+from moempi.exchange.tasks import Future, Task, Whole
 from moempi.planning.gpu_memory import frames_posted
 from moempi.recorder import Recorder
 from moempi.stages import ANSWER_KIND, DISPATCH_KIND, EXPERT, LOADED, NO_STEP, RECEIVE
@@ -40,17 +40,6 @@ from moempi.stages import ANSWER_KIND, DISPATCH_KIND, EXPERT, LOADED, NO_STEP, R
 T = TypeVar("T")
 
 LOOKS = 32  # at clocks and messages, of a rank with nothing else to do, before its next turn
-
-
-class Whole(Slicer):
-    """No slices: a GPU computes while the host looks at the network."""
-
-    def __init__(self) -> None:
-        super().__init__(1.0)
-
-    def size(self, kind: int) -> int:
-        """Everything at once."""
-        return 2**62
 
 
 class Announced(NamedTuple):
@@ -68,7 +57,7 @@ class CudaEngine(Engine):
         payload: a further duplicate of the communicator, for rows of dispatches.
         memory: of messages.
         host: pinned memory through which rows travel; None where MPI takes that of GPUs.
-        frame_rows: of the largest frame; 0 where there are none.
+        largest_frame: bytes of one and its answer, the same on all ranks; 0 where there are none.
     """
 
     experts: CudaExperts
@@ -88,7 +77,7 @@ class CudaEngine(Engine):
         payload: MPI.Intracomm,
         memory: MessageMemory,
         host: HostMemory | None = None,
-        frame_rows: int = 0,
+        largest_frame: int = 0,
     ):
         super().__init__(channels, tables, experts, dtype, d_model, tags, limits, recorder)
         self.memory, self._host = memory, host
@@ -100,17 +89,14 @@ class CudaEngine(Engine):
         self._clocks = [self._high_clock, self._low_clock, *(copies.clocks if copies else ())]
         self._there, self._back = (self._carrier(comm, copies) for comm in (payload, channels.answers.Dup()))
         self._frames: Frames | None = None
-        self._frame_rows = frame_rows
-        if frame_rows:
-            row, slots = d_model * dtype.itemsize, max(table.slots_on(self.rank) for table in tables.values())
-            largest = aligned(header_bytes(slots) + frame_rows * row) + aligned(frame_rows * row)
+        if largest_frame:
             address, posted = memory.memory.data_ptr(), frames_posted(self.n_ranks)
-            self._frames = Frames(payload.Dup(), self.requests, address, memory.frames, largest, posted)
+            self._frames = Frames(payload.Dup(), self.requests, address, memory.frames, largest_frame, posted)
         self._announced: deque[Announced] = deque()  # of dispatches that there has been no room for
         most_slots = max((table.slots_on(self.rank) for table in tables.values()), default=0)
-        self._next_counts = np.empty(most_slots, dtype=np.int32)  # rows per slot, of the next header
+        self._next_counts = np.empty(most_slots, dtype=np.int32)  # rows per slot, of the next dispatch
         # Not among the requests, on whose end the engine waits: this one is always there.
-        self._next_header = self._post_header()
+        self._next_announced = self._post_announced()
         self._wanting_room: list[Future] = []
         self._early: dict[int, deque[Callable[[], Any]]] = {}  # by microbatch, what may be done before it is needed
         self._did_one = False  # of these, since the GPU was last heard of
@@ -259,7 +245,7 @@ class CudaEngine(Engine):
             counts = rows.address - header if framed and header else 0
             self.experts.add(Arrival(peer, tag, layer, microbatch, rows, answer, per_slot, n, done, counts=counts))
             return
-        if framed and self._frames is not None and n <= self._frame_rows:
+        if framed and self._frames is not None and self._frames.has_room(header + rows.nbytes, answer.nbytes):
             self._frames.send(rows.address - header, header + rows.nbytes, peer, tag, lambda: self.notify(done))
         else:
             counted = np.array(per_slot, dtype=np.int32)
@@ -283,11 +269,11 @@ class CudaEngine(Engine):
     def _take_arrivals(self, *, announced: bool = True) -> bool:
         """Take what has come; `announced`: also look for dispatches that are."""
         moved, status = False, self._status
-        while announced and self._next_header.Test(status):
+        while announced and self._next_announced.Test(status):
             tag = status.Get_tag()
             counts = self._next_counts[: self.tables[self.tags.layer(tag)].slots_on(self.rank)].tolist()
             self._announced.append(Announced(status.Get_source(), tag, tuple(counts)))
-            self._next_header = self._post_header()
+            self._next_announced = self._post_announced()
             moved = True
         while self._announced and self._receive(self._announced[0]):
             self._announced.popleft()
@@ -324,11 +310,12 @@ class CudaEngine(Engine):
                 n,
                 block=frame.block,
                 counts=rows.address - header if header else 0,
-            )
+            ),
+            frame.nbytes,
         )
 
-    def _post_header(self) -> MPI.Request:
-        """A receive that is there before the next header is: one test moves it along and finds it."""
+    def _post_announced(self) -> MPI.Request:
+        """A receive that is there before the next dispatch is announced: one test moves it along and finds it."""
         return self._channels.dispatch.Irecv(self._next_counts, MPI.ANY_SOURCE, MPI.ANY_TAG)
 
     def _receive(self, announced: Announced) -> bool:
@@ -351,11 +338,12 @@ class CudaEngine(Engine):
             n,
             block=block,
         )
-        self._there.receive(rows, announced.source, announced.tag, lambda: self._landed(arrival))
+        nbytes = header_bytes(len(announced.rows_per_slot)) + rows.nbytes
+        self._there.receive(rows, announced.source, announced.tag, lambda: self._landed(arrival, nbytes))
         return True
 
-    def _landed(self, arrival: Arrival) -> None:
-        nbytes = header_bytes(self.tables[arrival.layer].slots_on(self.rank)) + arrival.rows.nbytes
+    def _landed(self, arrival: Arrival, nbytes: int) -> None:
+        """Rows are here, after so many bytes with what said for which slots they are."""
         self.recorder.received(DISPATCH_KIND, arrival.layer, arrival.source, len(arrival.rows), nbytes)
         self.experts.add(arrival)
 
@@ -396,8 +384,8 @@ class CudaEngine(Engine):
 
     def free(self) -> None:
         """Give communicators and pinned memory back. Collective."""
-        self._next_header.Cancel()
-        self._next_header.Wait()
+        self._next_announced.Cancel()
+        self._next_announced.Wait()
         super().free()
         if self._frames is not None:
             self._frames.free()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mpi4py import MPI
 
-from moempi.device.arena import Arena
+from moempi.device.arena import Arena, aligned
 from moempi.exchange.requests import Requests
 from moempi.exchange.wire import bytes_at
 
@@ -33,7 +33,8 @@ class Frames:
         comm: of the frames; theirs from now on.
         memory: address of the memory of messages.
         arena: of the part of it that frames and their answers take.
-        largest: bytes of a frame and its answer; all blocks are as large, so that what is free is whole rooms.
+        largest: bytes of a frame and its answer, the same on all ranks; all blocks are as large, so that what is free
+            is whole rooms.
         posted: receives that are there before their frames, where the arena has room.
     """
 
@@ -43,6 +44,10 @@ class Frames:
         self._posted: list[MPI.Request] = []
         self._blocks: list[int] = []
         self._status = MPI.Status()
+
+    def has_room(self, nbytes: int, answer_bytes: int) -> bool:
+        """Whether a frame of so many bytes and its answer have room in a block of whoever gets it."""
+        return aligned(nbytes) + answer_bytes <= self._largest
 
     def send(self, address: int, nbytes: int, peer: int, tag: int, then: Callable[[], Any]) -> None:
         """Send a frame, which is complete; `then` is called when its memory may be used again."""

@@ -93,10 +93,6 @@ class Waiting:
         first = next(iter(self._queues))
         if now - self._queues[first].came > LONGEST:
             return first
-        if len(self._queues) == 1:  # nearly always
-            queue = self._queues[first]
-            waits = queue.rows < self._costs[first].few and now < queue.until and self._missing(first)
-            return None if waits else first
         full = [layer for layer, queue in self._queues.items() if queue.rows >= self._costs[layer].few]
         if full:
             return max(full, key=lambda layer: self._queues[layer].rows)

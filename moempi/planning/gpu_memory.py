@@ -74,16 +74,11 @@ def header_rows(config: ModelConfig, dtype_bytes: int) -> int:
     return -(-_header_bytes(config) // (config.d_model * dtype_bytes))
 
 
-def frame_rows(config: ModelConfig, capacity: int, n_ranks: int) -> int:
-    """Most rows of a frame: twice as many as there are on average, where a steady step is spread evenly over ranks."""
+def largest_frame(config: ModelConfig, dtype_bytes: int, capacity: int, n_ranks: int) -> int:
+    """Bytes of the largest frame and its answer: twice as many rows as an even steady step has for each rank."""
     rows = steady_rows(capacity) * config.top_k
-    return min(rows, max(_LEAST_FRAME, 2 * -(-rows // n_ranks)))
-
-
-def largest_frame(config: ModelConfig, dtype_bytes: int, rows: int) -> int:
-    """Bytes of a frame of so many rows and of their answers."""
-    nbytes = rows * config.d_model * dtype_bytes
-    return aligned(_header_bytes(config) + nbytes) + aligned(nbytes)
+    most = min(rows, max(_LEAST_FRAME, 2 * -(-rows // n_ranks))) * config.d_model * dtype_bytes
+    return aligned(_header_bytes(config) + most) + aligned(most)
 
 
 def frames_posted(n_ranks: int) -> int:
@@ -94,7 +89,7 @@ def frames_posted(n_ranks: int) -> int:
 def frame_bytes(config: ModelConfig, dtype_bytes: int, capacity: int, n_ranks: int) -> int:
     """Memory of frames, where any are sent: room for those that are posted, and two of each other rank."""
     rooms = frames_posted(n_ranks) + 2 * (n_ranks - 1)
-    return rooms * largest_frame(config, dtype_bytes, frame_rows(config, capacity, n_ranks))
+    return rooms * largest_frame(config, dtype_bytes, capacity, n_ranks)
 
 
 def _header_bytes(config: ModelConfig) -> int:

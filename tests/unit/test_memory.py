@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moempi.device.arena import Arena
+from moempi.device.arena import Arena, aligned
 from moempi.errors import FitError
 from moempi.exchange.nodes import pretended
 from moempi.exchange.relay_plan import Ways
@@ -357,18 +357,19 @@ def test_messages_of_steady_steps_on_a_gpu_by_hand() -> None:
     assert header == 84 and gpu_memory.header_rows(SMALL, 2) == 6
     assert gpu_memory.steady_message_bytes(SMALL, 2, capacity=3, n_ranks=5) == 2 * (16 * 2 + 5 * 6) * 8 * 2
     # A frame has these 32 rows behind a header, and room for their answers, in whole blocks of 512.
-    assert gpu_memory.frame_rows(SMALL, capacity=3, n_ranks=2) == 32
-    assert gpu_memory.largest_frame(SMALL, 2, 32) == 1024 + 512
+    assert gpu_memory.largest_frame(SMALL, 2, capacity=3, n_ranks=2) == 1024 + 512
     # One receive is posted for each other rank, up to four, and two frames of each may be here.
     assert [gpu_memory.frame_bytes(SMALL, 2, 3, n) for n in (1, 2, 5, 64)] == [0, 3 * 1536, 12 * 1536, 130 * 1536]
     # Of 1024 rows there is room for twice the average, and for some in any case.
-    assert [gpu_memory.frame_rows(SMALL, 512, n) for n in (1, 2, 3, 8, 64)] == [1024, 1024, 684, 256, 64]
+    rows = 1024, 1024, 684, 256, 64
+    expected = [aligned(header + 16 * n) + aligned(16 * n) for n in rows]
+    assert [gpu_memory.largest_frame(SMALL, 2, 512, n) for n in (1, 2, 3, 8, 64)] == expected
 
 
 @pytest.mark.parametrize("n_ranks", [2, 3, 4, 8, 64])
 def test_frames_of_all_ranks_are_here_with_receives_for_the_next(n_ranks: int) -> None:
     """Two of each rank, taken and given back in any order, and all receives are posted."""
-    largest = gpu_memory.largest_frame(SMALL, 2, gpu_memory.frame_rows(SMALL, 512, n_ranks))
+    largest = gpu_memory.largest_frame(SMALL, 2, 512, n_ranks)
     arena, rng = Arena(0, gpu_memory.frame_bytes(SMALL, 2, 512, n_ranks)), random.Random(n_ranks)
     rooms, held = gpu_memory.frames_posted(n_ranks) + 2 * (n_ranks - 1), list[int]()
     for _ in range(500):

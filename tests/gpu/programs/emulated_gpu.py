@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-LARGEST_FRAME = 2  # rows; of steady steps there are messages that fit, and larger ones
+LARGEST_FRAME = 512 + 64  # bytes with its answer: of steady steps some messages fit, and some do not
 TYPES = {"float": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -492,12 +492,11 @@ def main() -> None:
     from moempi.exchange.engine_cuda import CudaEngine
     from moempi.layer_cuda import StepBuffers
     from moempi.planning import gpu_memory
-    from moempi.planning.gpu_memory import frame_rows, largest_frame
 
     gpu_memory.FRAMES_POSTED = 2  # fewer than there are ranks that send some
-    build_cuda.frame_rows = lambda *_: LARGEST_FRAME  # type: ignore[attr-defined]
-    if sys.argv[2] == "poisoned":  # and no more room than for them
-        build_cuda.frame_bytes = lambda *sizes: largest_frame(*sizes[:2], frame_rows(sizes[0], *sizes[2:]))  # type: ignore[attr-defined]
+    build_cuda.largest_frame = lambda *_: LARGEST_FRAME  # type: ignore[attr-defined]
+    if sys.argv[2] == "poisoned":  # and no more room than for one
+        build_cuda.frame_bytes = lambda *_: LARGEST_FRAME  # type: ignore[attr-defined]
     made, frames, too_large = list[StepBuffers](), [0], [0]
     make, came, send = StepBuffers.__init__, CudaEngine._came, CudaEngine.send
 
@@ -510,8 +509,10 @@ def main() -> None:
         came(engine, *given)
 
     def sent(engine: CudaEngine, message: Any, *given: Any, framed: bool = False) -> None:
-        too_large[0] += framed and message.destination != engine.rank and message.hi - message.lo > LARGEST_FRAME
+        announced = engine.requests, len(engine.requests)
         send(engine, message, *given, framed=framed)
+        # Counts and rows leave and an answer is awaited: three, of a frame two.
+        too_large[0] += framed and len(announced[0]) - announced[1] == 3
 
     StepBuffers.__init__, CudaEngine._came, CudaEngine.send = kept, counted, sent  # type: ignore[method-assign,assignment]
     run_jobs.main()
