@@ -31,7 +31,7 @@ class WithLockstep(CudaLayers):
         Layers are alike but for the turns of replicas, of which these layouts have none.
         """
         table = next(iter(self.tables.values())).table
-        mine = self._sorted(table.layer, m)[2].cpu().numpy()  # by cover, which is a slot
+        mine = self._sorted(table.layer, m)[1].cpu().numpy()  # by cover, which is a slot
         every = np.stack(self.world.allgather(mine))  # [N, S]
         begin = table.rank_begin
         sent = [int(mine[begin[r] : begin[r + 1]].sum()) for r in range(self.world.size)]
@@ -44,8 +44,8 @@ class WithLockstep(CudaLayers):
             for layer, m in self._calls():
                 sent, got, slots = self._exchanges[m]
                 n = sum(got)
-                pairs, places, _ = self._sorted(layer, m)
-                cuda_rows.gather(self.x[m], pairs, self.shape.top_k, self.packed.data_ptr())
+                places, _ = self._sorted(layer, m)
+                cuda_rows.scatter(self.x[m], places, self.packed.data_ptr())
                 rows, answers = self._got[:n], self._got[n : 2 * n]
                 dist.all_to_all_single(rows, self.packed, got, sent)
                 self._compute_slots(layer, got, slots)

@@ -41,7 +41,7 @@ def main() -> None:
         part = world.Split(0 if world.rank < ranks else 1, world.rank)
         options = [f"run.device={device}"]
         if device == "cuda":
-            options += ["model.mode=fast", "run.prefill_tokens=4096"]
+            options += ["model.mode=fast"]
         options += options_given
         for name in ("warm", "prefill", "prefill", "whole"):
             outcome = None

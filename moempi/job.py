@@ -101,7 +101,7 @@ class RunOptions(Section):
     capacity: int = option(8, "sequences that a home rank works on at the same time", "sequences", ge=1)
     prefill_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = option(
         "auto",
-        "most tokens of one microbatch in a step, or run.capacity if that is more; auto: 512, on GPUs up to 4096 "
+        "most tokens of one microbatch in a step, or run.capacity if that is more; auto: 512, on GPUs up to 8192 "
         "where the KV cache has room beside them",
         "tokens",
     )

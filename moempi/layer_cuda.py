@@ -18,7 +18,7 @@ from moempi.batch import Step
 from moempi.device.cuda_attention import attend
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
-from moempi.device.cuda_rows import Headers, add_norm, gather, greedy, sort_pairs, turn_heads
+from moempi.device.cuda_rows import Headers, add_norm, greedy, scatter, sort_pairs, turn_heads
 from moempi.device.cuda_rows import combine as add_outputs
 from moempi.device.cuda_transfer import all_to_device, staged, views, words_of
 from moempi.device.tile_plan import TilePlan, for_kernels
@@ -244,10 +244,10 @@ class CudaForward(Forward):
         headers = None
         if table.header_rows:
             row = packed.d * packed.memory.itemsize
-            headers = Headers(table.headers, table.all_header_rows, table.header_rows, packed.address, row)
-        pairs, _ = sort_pairs(route.experts, step.turns, *replicas, number, landing, places, headers)
+            headers = Headers(table.headers, packed.address, row)
+        sort_pairs(route.experts, step.turns, *replicas, number, landing, places, headers)
         buffers.weights[:n].copy_(route.weights)
-        gather(buffers.hidden, pairs, route.experts.shape[1], packed.address)
+        scatter(buffers.hidden[:n], places, packed.address)
 
     def combine_steady(self, n: int, buffers: StepBuffers) -> None:
         """Rows of the residual stream with their experts' outputs added, of the layer that came back last."""

@@ -31,7 +31,7 @@ from moempi.router.admission import home_ranks
 Fitted = TypeVar("Fitted")
 
 # Tokens of a microbatch in a step, where a job leaves them to the device.
-CPU_PREFILL, GPU_PREFILL = 512, (4096, 2048, 1024, 512)
+CPU_PREFILL, GPU_PREFILL = 512, (8192, 4096, 2048, 1024, 512)
 KV_KEPT = 0.9  # of the KV cache, with steps of more tokens than the least
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +57,7 @@ class CudaLayers:
         scores = [scores_of(random, tokens, stack) for _ in self.x]
         self.routes = [device.choose_experts(each, stack.top_k, True) for each in scores]
         self.turns = torch.arange(tokens, device=self.device)
-        sent = {layer: [self._sorted(layer, m)[2] for m in range(len(self.x))] for layer in self.tables}
+        sent = {layer: [self._sorted(layer, m)[1] for m in range(len(self.x))] for layer in self.tables}
         counts = {layer: [each.cpu().numpy() for each in of_layer] for layer, of_layer in sent.items()}
         self.rows_here = rows_of_slots(self.world, tables, counts)
         most = most_rows_here(self.rows_here)
@@ -95,13 +94,15 @@ class CudaLayers:
         gate_up, down = self._draw(random, n, 2 * hidden, d) / 8, self._draw(random, n, d, hidden) / 8
         return ExpertStack(gate_up, down, exact=self.shape.mode == "exact", scratch=scratch)
 
-    def _sorted(self, layer: int, m: int) -> Any:
-        """Pairs by cover, their places, and how many there are of each."""
+    def _sorted(self, layer: int, m: int) -> tuple[Tensor, Tensor]:
+        """Where pairs are by cover, and how many there are of each."""
         table = self.tables[layer]
         counts = torch.empty(len(table.table.covers), dtype=torch.int64, device=self.device)
         replicas = table.cover_of, table.n_replicas
-        pairs, places = cuda_rows.sort_pairs(self.routes[m].experts, self.turns, *replicas, layer, counts)
-        return pairs, places, counts
+        experts = self.routes[m].experts
+        places = torch.empty_like(experts)
+        cuda_rows.sort_pairs(experts, self.turns, *replicas, layer, counts, places)
+        return places, counts
 
     # ------------------------------------------------------------ what is timed
 
@@ -129,8 +130,8 @@ class CudaLayers:
         high, low = self.engine.high, self.engine.low
         for layer, m in self._calls():
             with torch.cuda.stream(high):
-                pairs, places, _ = self._sorted(layer, m)
-                cuda_rows.gather(self.x[m], pairs, self.shape.top_k, self.packed.data_ptr())
+                places, _ = self._sorted(layer, m)
+                cuda_rows.scatter(self.x[m], places, self.packed.data_ptr())
             with torch.cuda.stream(low):
                 low.wait_stream(high)
                 self._compute(layer, m)

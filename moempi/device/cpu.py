@@ -22,6 +22,7 @@ from moempi.device import cpu_rows
 from moempi.device.cpu_rows import SmallLinear, WideLinear
 from moempi.device.kernels import ARITHMETIC
 from moempi.device.kernels.compiled import has_wide_product
+from moempi.device.seam import ProductShape
 from moempi.device.telling import telling_product
 from moempi.errors import MoempiError
 from moempi.model.config import is_small, is_small_expert
@@ -150,8 +151,9 @@ class Cpu:
         """A tensor on this device: as it is."""
         return tensor
 
-    def linear(self, weight: Tensor) -> Product:
-        """A product with `weight` [O, I]: of the kind that the test chose where it is large."""
+    def linear(self, weight: Tensor, out: torch.dtype | None = None) -> Product:
+        """A product with `weight` [O, I]: of the kind that the test chose where it is large. It computes in `out`."""
+        weight = weight.to(out or weight.dtype)
         return product_with(weight, "small" if is_small(*weight.shape) else self.products)
 
     def has_small_experts(self, hidden: int, d_model: int) -> bool:
@@ -170,8 +172,8 @@ class Cpu:
         """The K best experts of logits [T, E] float32."""
         return cpu_rows.choose_experts(logits, top_k, normalize)
 
-    def choose_products(self, shapes: Iterable[tuple[int, int, torch.dtype]], slowest: str = PRODUCTS[0]) -> None:
-        """Self-test: take the first kind of PRODUCTS whose bits hold for every shape (O, I, dtype).
+    def choose_products(self, shapes: Iterable[ProductShape], slowest: str = PRODUCTS[0]) -> None:
+        """Self-test: take the first kind of PRODUCTS whose bits hold for every shape.
 
         Args:
             slowest: a kind that others have taken: none before it is tried.
@@ -179,9 +181,9 @@ class Cpu:
         Raises:
             MoempiError: no kind of product keeps a row's bits on this machine.
         """
-        shapes = set(shapes)
-        small = sorted({shape for shape in shapes if is_small(*shape[:2])}, key=str)
-        large = sorted(shapes - set(small), key=str)
+        computed = {(outputs, inputs, out) for outputs, inputs, _, out in shapes}
+        small = sorted({shape for shape in computed if is_small(*shape[:2])}, key=str)
+        large = sorted(computed - set(small), key=str)
         threads = {"tiled": (1,)}
         kinds = PRODUCTS[PRODUCTS.index(slowest) :]
         held = next((kind for kind in kinds if _all_hold(large, kind, threads.get(kind, (1, 2)))), None)

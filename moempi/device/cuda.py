@@ -17,12 +17,13 @@ from torch import Tensor
 from moempi.device import cuda_rows
 from moempi.device.cuda_products import product
 from moempi.device.product_tiles import TILES
+from moempi.device.seam import ProductShape
 from moempi.device.telling import telling_product
 from moempi.errors import MoempiError
 from moempi.model.gate import Route
 from moempi.planning.gpu_memory import Use
 
-ARITHMETIC = 2  # goes up with every change that gives other bits: what was begun with others is not gone on with
+ARITHMETIC = 3  # goes up with every change that gives other bits: what was begun with others is not gone on with
 SELF_TEST_ROWS = (1, 2, 7, 16, 64, 65, 128, 257)
 
 
@@ -32,17 +33,23 @@ class Linear:
     Args:
         weight: [O, I], float32 or bfloat16, on the GPU; kept, not copied.
         exact: the bits of every row depend on that row alone.
+        out: dtype of what comes out, by default the weight's. Sums are float32 in any case.
     """
 
-    def __init__(self, weight: Tensor, *, exact: bool):
+    def __init__(self, weight: Tensor, *, exact: bool, out: torch.dtype | None = None):
         self.shape, self.dtype, self.exact = (weight.shape[0], weight.shape[1]), weight.dtype, exact
-        self._weight = weight.contiguous()
+        self._weight, self._out = weight.contiguous(), out or weight.dtype
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[R, I] -> [R, O], in the weight's dtype, for any R including 0; `residual` [R, O] is added to it."""
+        """[R, I] -> [R, O], for any R including 0; `residual` [R, O] is added to it."""
         if x.dtype != self.dtype:  # even a copy that is none takes a microsecond
             x = x.to(self.dtype)
-        rows = product(x.contiguous(), self._weight) if self.exact else F.linear(x, self._weight)
+        if self.exact:
+            rows = product(x.contiguous(), self._weight, out=self._out)
+        elif self._out == self.dtype:
+            rows = F.linear(x, self._weight)
+        else:
+            rows = torch.mm(x, self._weight.T, out_dtype=self._out)
         return rows if residual is None else residual + rows
 
 
@@ -94,8 +101,8 @@ class Cuda:
         """Which kind of product; the bits depend on it."""
         return "fixed tiles" if self.exact else "cuBLAS"
 
-    def choose_products(self, shapes: Iterable[tuple[int, int, torch.dtype]]) -> None:
-        """Self-test of exact mode, for products of shapes (O, I, dtype).
+    def choose_products(self, shapes: Iterable[ProductShape]) -> None:
+        """Self-test of exact mode.
 
         Raises:
             MoempiError: a row's bits depend on its neighbours.
@@ -109,9 +116,9 @@ class Cuda:
         # What the tests took would not fit what comes.
         torch.cuda.empty_cache()
 
-    def linear(self, weight: Tensor) -> Linear:
-        """A product with `weight` [O, I]."""
-        return Linear(self.place(weight), exact=self.exact)
+    def linear(self, weight: Tensor, out: torch.dtype | None = None) -> Linear:
+        """A product with `weight` [O, I], rounded to `out`, by default to its dtype."""
+        return Linear(self.place(weight), exact=self.exact, out=out)
 
     def has_small_experts(self, hidden: int, d_model: int) -> bool:
         """Never: small experts are kernels of the CPU."""
@@ -135,14 +142,15 @@ class Cuda:
 
 
 @lru_cache(maxsize=256)
-def row_is_independent(shape: tuple[int, int, torch.dtype], device: torch.device) -> bool:
-    """Whether rows keep their bits over row counts, places and tiles, for a weight [O, I] of a dtype."""
-    x, weight = telling_product(shape, SELF_TEST_ROWS[-1], device)
-    expected = product(x, weight)
+def row_is_independent(shape: ProductShape, device: torch.device) -> bool:
+    """Whether rows keep their bits over row counts, places and tiles."""
+    outputs, inputs, dtype, out = shape
+    x, weight = telling_product((outputs, inputs, dtype), SELF_TEST_ROWS[-1], device)
+    expected = product(x, weight, out=out)
     for n in SELF_TEST_ROWS:
         lo = min(n, len(x) - n)  # another place in the batch than among all; a row alone is one that cancels
         rows = x[lo : lo + n].clone()  # where a kernel may read as wide as it does in a job
-        for tile in TILES[shape[2]]:
-            if not torch.equal(product(rows, weight, tile), expected[lo : lo + n]):
+        for tile in TILES[dtype]:
+            if not torch.equal(product(rows, weight, tile, out), expected[lo : lo + n]):
                 return False
     return True

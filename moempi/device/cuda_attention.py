@@ -34,7 +34,6 @@ def _attend(  # type: ignore[no-untyped-def]
     row_positions,
     pages,
     n_columns,
-    scale,
     N_HEADS: tl.constexpr,  # noqa: N803
     N_KV_HEADS: tl.constexpr,  # noqa: N803
     HEAD_DIM: tl.constexpr,  # noqa: N803
@@ -58,7 +57,7 @@ def _attend(  # type: ignore[no-untyped-def]
     # [TILE, DIMS], the heads of a group beside each other
     at = ((row // GROUP).to(tl.int64) * N_HEADS + kv * GROUP + row % GROUP)[:, None] * HEAD_DIM + dim[None, :]
     inside = there[:, None] & (dim[None, :] < HEAD_DIM)
-    q = (tl.load(queries + at, mask=inside, other=0.0) * scale).to(keys.dtype.element_ty)
+    q = tl.load(queries + at, mask=inside, other=0.0)
     highest = tl.full((TILE,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((TILE, 16), dtype=tl.float32)  # the same in all columns
     ones = tl.full((PAGE, 16), 1.0, dtype=values.dtype.element_ty)
@@ -83,7 +82,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: TilePlan) -> Ten
     """Attention of a batch; its keys and values must be in the cache already.
 
     Args:
-        queries: [T, heads, head_dim] float32, normalised and rotated, not yet scaled.
+        queries: [T, heads, head_dim] in the cache's dtype, normalised, rotated and scaled.
         keys: [pages, kv_heads, width, PAGE], one layer of the cache.
         values: [pages, kv_heads, PAGE, width].
         plan: on the GPU.
@@ -100,7 +99,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: TilePlan) -> Ten
         aligned = tuple(address % WIDE == 0 for address in addresses)
         heads = n_heads, n_kv_heads, head_dim, width, plan.group
         kernel = _compiled(keys.dtype, aligned, *heads, plan.row_positions.shape[1])
-        kernel((len(plan.tiles), n_kv_heads, 1), *addresses, plan.pages.shape[1], head_dim**-0.5)
+        kernel((len(plan.tiles), n_kv_heads, 1), *addresses, plan.pages.shape[1])
     return out
 
 
@@ -114,7 +113,7 @@ def tiles_agree(n_heads: int, n_kv_heads: int, head_dim: int, dtype: torch.dtype
     n, group, width = 2 * PAGE + 7, n_heads // n_kv_heads, padded_head(head_dim)
     keys, values = telling_cache(3, n_kv_heads, width, PAGE, dtype, device)
     random = torch.Generator(device).manual_seed(n_heads * 1000003 + head_dim)
-    queries = torch.randn(n, n_heads, head_dim, generator=random, device=device)
+    queries = (torch.randn(n, n_heads, head_dim, generator=random, device=device) * head_dim**-0.5).to(dtype)
     found = []
     for size in (TILE, WIDE_TILE):
         plan = plan_tiles([Span(0, n, (2, 0, 1))], group, size)
@@ -147,6 +146,6 @@ def _compiled(
         "PAGE": PAGE,
         "DIMS": max(16, triton.next_power_of_2(head_dim)),
     }
-    types = torch.float32, dtype, dtype, dtype, torch.int32, torch.int32, torch.int64
+    types = dtype, dtype, dtype, dtype, torch.int32, torch.int32, torch.int64
     pointers = list(zip(types, aligned, strict=True))
-    return compiled(_attend, pointers, (2, head_dim**-0.5), constants, num_warps=4, num_stages=2)
+    return compiled(_attend, pointers, (2,), constants, num_warps=4, num_stages=2)

@@ -13,7 +13,7 @@ from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import Tiles, product_at, product_gathered, product_scattered, unit_of
 from moempi.device.cuda_rows import row_tables, swiglu_at
-from moempi.device.cuda_source import WORDS
+from moempi.device.cuda_source_routes import WORDS
 from moempi.device.cuda_transfer import put
 from moempi.device.product_tiles import TILES, tile_for
 from moempi.model.expert import Expert

@@ -100,22 +100,30 @@ def _product(  # type: ignore[no-untyped-def]
     tl.store(out_base + y[:, None] + output[None, :], total.to(out_base.dtype.element_ty), mask=mask)
 
 
-def product(x: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
-    """x [R, I] @ weight [O, I].T -> [R, O], in the weight's dtype, for any R; all contiguous.
+def product(x: Tensor, weight: Tensor, tile: Tile | None = None, out: torch.dtype | None = None) -> Tensor:
+    """x [R, I] @ weight [O, I].T -> [R, O], for any R; all contiguous.
 
     Args:
         tile: for tests; by default what suits the number of rows.
+        out: dtype of what comes out, by default the weight's.
     """
-    out = torch.empty(x.shape[0], weight.shape[0], dtype=weight.dtype, device=weight.device)
-    product_at(x.data_ptr(), x.shape[0], weight, out.data_ptr(), tile)
-    return out
+    result = torch.empty(x.shape[0], weight.shape[0], dtype=out or weight.dtype, device=weight.device)
+    product_at(x.data_ptr(), x.shape[0], weight, result.data_ptr(), tile, out)
+    return result
 
 
-def product_at(source: int, rows: int, weight: Tensor, target: int, tile: Tile | None = None) -> None:
-    """The product of rows [R, I] at one address into [R, O] at another, both in the weight's dtype."""
+def product_at(
+    source: int,
+    rows: int,
+    weight: Tensor,
+    target: int,
+    tile: Tile | None = None,
+    out: torch.dtype | None = None,
+) -> None:
+    """The product of rows [R, I] at one address, in the weight's dtype, into [R, O] at another, by default too."""
     if rows:
-        tile = tile or tile_for(weight.dtype, rows, weight.shape[0])
-        _launch(source, weight, target, Tiles(tile, -(-rows // tile.rows), 0, 1), _Way.ALONE, None, rows)
+        tile, out = tile or tile_for(weight.dtype, rows, weight.shape[0]), out or weight.dtype
+        _launch(source, weight, target, Tiles(tile, -(-rows // tile.rows), 0, 1), _Way.ALONE, None, rows, out)
 
 
 def product_gathered(source: int, weights: Tensor, target: int, tiles: Tiles, places: int) -> None:
@@ -126,12 +134,12 @@ def product_gathered(source: int, weights: Tensor, target: int, tiles: Tiles, pl
         weights: [S, O, I] contiguous.
         places: address of int64 [R]: where in the memory each row is; multiples of 16 bytes where the unit is.
     """
-    _launch(source, weights, target, tiles, _Way.GATHER, places)
+    _launch(source, weights, target, tiles, _Way.GATHER, places, 0, weights.dtype)
 
 
 def product_scattered(source: int, weights: Tensor, target: int, tiles: Tiles, places: int) -> None:
     """The other way: rows [R, I] at an address, in the tiles' order, into rows [O] of the memory at `target`."""
-    _launch(source, weights, target, tiles, _Way.SCATTER, places)
+    _launch(source, weights, target, tiles, _Way.SCATTER, places, 0, weights.dtype)
 
 
 def unit_of(row: int, dtype: torch.dtype) -> int:
@@ -149,21 +157,34 @@ class _Way(IntEnum):
 
 
 def _launch(
-    source: int, weights: Tensor, target: int, tiles: Tiles, way: _Way, places: int | None, rows: int = 0
+    source: int,
+    weights: Tensor,
+    target: int,
+    tiles: Tiles,
+    way: _Way,
+    places: int | None,
+    rows: int,
+    out: torch.dtype,
 ) -> None:
     outputs, inputs = weights.shape[-2:]
     addresses = source, weights.data_ptr(), target
     aligned = (source % WIDE == 0, addresses[1] % WIDE == 0, target % WIDE == 0)
-    kernel = _compiled(weights.dtype, aligned, way, outputs, inputs, tiles.tile, tiles.unit)
+    kernel = _compiled((weights.dtype, out), aligned, way, outputs, inputs, tiles.tile, tiles.unit)
     grid = (tiles.n * -(-outputs // tiles.tile.outputs), 1, 1)
     kernel(grid, *addresses, tiles.table or None, places, rows, outputs, inputs)
 
 
 @cache
 def _compiled(
-    dtype: torch.dtype, aligned: tuple[bool, bool, bool], way: _Way, outputs: int, inputs: int, tile: Tile, unit: int
+    dtypes: tuple[torch.dtype, torch.dtype],
+    aligned: tuple[bool, bool, bool],
+    way: _Way,
+    outputs: int,
+    inputs: int,
+    tile: Tile,
+    unit: int,
 ) -> Compiled:
-    """The kernel for products of a kind."""
+    """The kernel for products of a kind, of what goes in with the first dtype to what comes out with the second."""
     constants = {
         "UNIT": unit,
         "WAY": int(way),
@@ -174,6 +195,6 @@ def _compiled(
         "GROUP": _GROUP,
     }
     tables = [None if way == _Way.ALONE else (torch.int64, True)] * 2
-    pointers = [*((dtype, wide) for wide in aligned), *tables]
+    pointers = [*zip((dtypes[0], *dtypes), aligned, strict=True), *tables]
     numbers = 2, outputs, inputs
     return compiled(_product, pointers, numbers, constants, num_warps=tile.warps, num_stages=tile.stages)

@@ -14,25 +14,26 @@ import cupy
 import torch
 from torch import Tensor
 
+from moempi.device import cuda_source, cuda_source_routes
 from moempi.device.cuda_launch import Kernel, float_bits
-from moempi.device.cuda_source import SOURCE, TOKENS, WORDS
+from moempi.device.cuda_source import TOKENS
+from moempi.device.cuda_source_routes import WORDS
 from moempi.model.attention import AttentionPlan
 
 _NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
-HEAD_THREADS = 32 * TOKENS  # of a block of `turn_heads`: a warp for each token
 _WIDE = 16  # bytes that a thread moves at once, where rows are aligned to them
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x [..., D], weight [D] or [H, D] float32 (row r takes weight r modulo H) -> [..., D] in `dtype`."""
+    """x [..., D], weight [D] float32 -> [..., D] in `dtype`."""
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     d = x.shape[-1]
     rows = x.numel() // d
     if rows:
-        threads, wide = _norm_shape(d, x)
-        values = [x.data_ptr(), weight.data_ptr(), out.data_ptr(), weight.numel() // d, d, float_bits(eps)]
-        _kernel(f"rms_norm<{_NAMES[x.dtype]}, {_NAMES[dtype]}, {wide}>", 6)(rows, threads, values)
+        wide = _whole_packs(d, x, weight)
+        values = [x.data_ptr(), weight.data_ptr(), out.data_ptr(), d, float_bits(eps)]
+        _kernel(f"rms_norm<{_NAMES[x.dtype]}, {_NAMES[dtype]}, {wide}>", 5)(rows, _threads(d // wide), values)
     return out
 
 
@@ -40,9 +41,10 @@ def add_norm(residual: Tensor, rows: Tensor, weight: Tensor, eps: float, total: 
     """Residual plus rows, both [T, D], into `total` [T, D], and its RMS norm into `normed` [T, D]; all of one dtype."""
     n, d = rows.shape
     if n:
-        threads, wide = _norm_shape(d, residual, rows, total, normed)
+        wide = _whole_packs(d, residual, rows, weight, total, normed)
         tensors = [t.data_ptr() for t in (residual, rows, weight, total, normed)]
-        _kernel(f"add_norm<{_NAMES[rows.dtype]}, {wide}>", 7)(n, threads, [*tensors, d, float_bits(eps)])
+        values = [*tensors, d, float_bits(eps)]
+        _kernel(f"add_norm<{_NAMES[rows.dtype]}, {wide}>", 7)(n, _threads(d // wide), values)
 
 
 def turn_heads(
@@ -65,18 +67,23 @@ def turn_heads(
         values: [pages, kv_heads, PAGE, width].
 
     Returns:
-        Queries [T, heads, head_dim] float32.
+        Queries [T, heads, head_dim] in the cache's dtype, scaled by 1 / sqrt(head_dim) before they are rounded.
     """
     n, dim = rows.shape[0], norm.shape[1]
     kv_heads, page, width = values.shape[1:]
     heads = norm.shape[0] - kv_heads
-    queries = torch.empty(n, heads, dim, device=rows.device)
+    queries = torch.empty(n, heads, dim, dtype=rows.dtype, device=rows.device)
     if n:
         where = plan.positions, plan.write_pages, plan.write_offsets
-        tensors = [t.data_ptr() for t in (rows, norm, *tables, *where, queries, keys, values)]
-        values_of = [*tensors, n, heads, kv_heads, dim, width, page, float_bits(eps)]
-        blocks = -(-n // TOKENS) * (heads + 2 * kv_heads)
-        _kernel(f"turn_heads<{_NAMES[rows.dtype]}>", 17)(blocks, HEAD_THREADS, values_of, shared=4 * dim * (TOKENS + 1))
+        tensors = rows, norm, *tables, *where, queries, keys, values
+        wide = min(4, _whole_packs(dim // 2, *tensors))  # with more, the values of a thread fill its registers
+        lanes = min(32, 1 << (dim // 2 // wide - 1).bit_length())  # for each head
+        together = 32 // lanes
+        blocks = -(-n // TOKENS) * (-(-heads // together) + 2 * -(-kv_heads // together))
+        shape = n, heads, kv_heads, dim, width, page, lanes
+        values_of = [*(t.data_ptr() for t in tensors), *shape, float_bits(eps), float_bits(dim**-0.5)]
+        kernel = _kernel(f"turn_heads<{_NAMES[rows.dtype]}, {wide}>", 19)
+        kernel(blocks, 32 * TOKENS, values_of, shared=4 * together * dim * (TOKENS + 1))
     return queries
 
 
@@ -95,18 +102,32 @@ def swiglu_at(source: int, rows: int, f: int, dtype: torch.dtype, target: int) -
         _kernel(f"swiglu<{_NAMES[dtype]}, {wide}>", 3)(rows, _threads(f // wide), [source, target, f])
 
 
-def gather(rows: Tensor, pairs: Tensor, top_k: int, out: int) -> None:
-    """Row `pairs[r] // top_k` of rows [T, D] into row r of [R, D] at address `out`, in their dtype.
+def gather(rows: Tensor, tokens: Tensor, out: int) -> None:
+    """Row `tokens[r]` of rows [T, D] into row r of [R, D] at address `out`, in their dtype.
 
     Args:
-        pairs: [R] int32; for -1 nothing is written.
+        tokens: [R] int32.
     """
-    n, d = pairs.shape[0], rows.shape[1]
+    n, d = tokens.shape[0], rows.shape[1]
     if n:
         source = rows.data_ptr()
         wide = _wide(d, rows.itemsize, source | out)
-        values = [source, pairs.data_ptr(), out, top_k, d]
-        _kernel(f"gather<{_NAMES[rows.dtype]}, {wide}>", 5)(n, _threads(d // wide), values)
+        values = [source, tokens.data_ptr(), out, d]
+        _kernel(f"gather<{_NAMES[rows.dtype]}, {wide}>", 4)(n, _threads(d // wide), values)
+
+
+def scatter(rows: Tensor, places: Tensor, out: int) -> None:
+    """Row t of rows [T, D] into rows `places[t]` of [R, D] at address `out`, in their dtype.
+
+    Args:
+        places: [T, K] int32; -1 where a row goes nowhere.
+    """
+    t, d = rows.shape
+    if t:
+        source = rows.data_ptr()
+        wide = _wide(d, rows.itemsize, source | out)
+        values = [source, places.data_ptr(), out, places.shape[1], d]
+        _kernel(f"scatter<{_NAMES[rows.dtype]}, {wide}>", 5)(t, _threads(d // wide), values)
 
 
 def combine(x: Tensor, answers: Tensor, places: Tensor, weights: Tensor, out: Tensor | None = None) -> Tensor:
@@ -150,15 +171,11 @@ class Headers(NamedTuple):
     Args:
         table: [covers, 3] int32, on the GPU: the first cover of its rank, rows of all headers up to that rank's own,
             bytes of that one, which end where the rows of the rank begin.
-        n_rows: that all headers take.
-        each: rows that one takes.
         packed: address of the rows.
         row: bytes of one.
     """
 
     table: Tensor
-    n_rows: int
-    each: int
     packed: int
     row: int
 
@@ -170,34 +187,28 @@ def sort_pairs(
     n_replicas: Tensor,
     layer: int,
     counts: Tensor,
-    places: Tensor | None = None,
+    places: Tensor,
     headers: Headers | None = None,
-) -> tuple[Tensor, Tensor]:
+    pairs: Tensor | None = None,
+) -> None:
     """Sort the pairs (token, k) by cover, keeping their order within one; replicas take turns by (turn + layer).
 
     Args:
         experts: [T, K] int32.
-        turns: [T] int64, sequence + position of every token; -1 for padding, which comes last and has no cover.
+        turns: [T] int64, sequence + position of every token; -1 for padding, which has no cover.
         cover_of: [E, most replicas] int32.
         n_replicas: [E] int32.
         counts: [covers] int64, on the GPU or in pinned memory of the host: gets the pairs of every cover.
-        places: [T, K] int32 for what comes out.
+        places: [T, K] int32: gets where each pair is among them, the rows of headers counted; -1 of padding.
         headers: where rows leave with them.
-
-    Returns:
-        pairs [T * K] int32 by ascending cover, and places [T, K] int32: where each pair is among them. -1 of padding.
-        With headers there are more pairs: -1 stands for the rows that those take.
+        pairs: [T * K] int32: gets the pairs by ascending cover, where they are asked for and there are no headers.
     """
     n, (_, top_k) = experts.numel(), experts.shape
-    more = headers.n_rows if headers else 0
-    pairs = torch.empty(n + more, dtype=torch.int32, device=experts.device)
-    places = torch.empty_like(experts) if places is None else places
     inputs = experts.data_ptr(), turns.data_ptr(), cover_of.data_ptr(), n_replicas.data_ptr()
-    outputs = pairs.data_ptr(), places.data_ptr(), counts.data_ptr()
-    about_headers = (headers.table.data_ptr(), headers.each, headers.packed, headers.row) if headers else (0, 0, 0, 0)
+    outputs = 0 if pairs is None else pairs.data_ptr(), places.data_ptr(), counts.data_ptr()
+    about_headers = (headers.table.data_ptr(), headers.packed, headers.row) if headers else (0, 0, 0)
     values = [*inputs, *outputs, n, top_k, cover_of.shape[1], layer, *about_headers]
-    _kernel("sort_pairs", 15)(counts.shape[0], 1024, values)
-    return pairs, places
+    _kernel("sort_pairs", 14)(counts.shape[0], 1024, values)
 
 
 def row_tables(
@@ -257,16 +268,17 @@ def _kernel(name: str, n_parameters: int, words: int = 1) -> Kernel:
 def _module() -> cupy.RawModule:
     types = _NAMES.values()
     names = ["choose", "sort_pairs", "row_tables", "greedy"]
-    names += [f"turn_heads<{t}>" for t in types]
     for wide_float, wide_bf16 in ((4, 8), (1, 1)):
         wide = {"float": wide_float, "bf16": wide_bf16}
         names += [f"rms_norm<{a}, {b}, {wide[a]}>" for a in types for b in types]
-        names += [f"add_norm<{t}, {wide[t]}>" for t in types]
-        names += [f"{kernel}<{t}, {wide[t]}>" for kernel in ("swiglu", "gather") for t in types]
+        by_dtype = "add_norm", "swiglu", "gather", "scatter"
+        names += [f"{kernel}<{t}, {wide[t]}>" for kernel in by_dtype for t in types]
         names += [f"combine<{t}, {t}, {wide[t]}>" for t in types]
+        names += [f"turn_heads<{t}, {wide_float}>" for t in types]
     names += ["combine<bf16, float, 4>", "combine<bf16, float, 1>"]
+    source = cuda_source.SOURCE + cuda_source_routes.SOURCE
     # No fast mathematics and no contraction: a product and a sum round as written, as on the CPU.
-    return cupy.RawModule(code=SOURCE, options=("--std=c++17", "--fmad=false"), name_expressions=names)
+    return cupy.RawModule(code=source, options=("--std=c++17", "--fmad=false"), name_expressions=names)
 
 
 def _wide(d: int, itemsize: int, addresses: int) -> int:
@@ -280,15 +292,13 @@ def _wide(d: int, itemsize: int, addresses: int) -> int:
     return n if d % n == 0 and addresses % _WIDE == 0 else 1
 
 
-def _norm_shape(d: int, *rows: Tensor) -> tuple[int, int]:
-    """Threads for the norm of a row [D], and what each takes at once: they order its sum, so they follow from D."""
-    if d <= 256:
-        return 32, 1  # as a head is normed in `turn_heads`
+def _whole_packs(d: int, *rows: Tensor) -> int:
+    """Elements of rows [.., D] that a thread moves at once. They order its sums, so they follow from D and dtype."""
     wide = _WIDE // rows[0].itemsize
     if d % 8:
-        return 256, 1
+        return 1
     assert all(t.data_ptr() % _WIDE == 0 for t in rows), "rows of whole packs begin with one"
-    return 256, wide
+    return wide
 
 
 def _threads(chunks: int) -> int:

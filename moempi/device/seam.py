@@ -11,15 +11,18 @@ from torch import Tensor
 from moempi.model.gate import Route
 from moempi.planning.gpu_memory import Use
 
+# Of a product: outputs O, inputs I, dtype of rows and weight, dtype of what comes out.
+ProductShape = tuple[int, int, torch.dtype, torch.dtype]
+
 
 class Product(Protocol):
     """`y = x @ weight.T`."""
 
     shape: tuple[int, int]  # O, I
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the weight that it holds
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[R, I] -> [R, O], in the weight's dtype, for any R including 0; `residual` [R, O] is added to it."""
+        """[R, I] -> [R, O], for any R including 0; `residual` [R, O] is added to it."""
 
 
 class Device(Protocol):
@@ -41,11 +44,11 @@ class Device(Protocol):
     def products(self) -> str:
         """Which kind of product; the bits depend on it."""
 
-    def choose_products(self, shapes: Iterable[tuple[int, int, torch.dtype]]) -> None:
-        """Test that products of the shapes (O, I, dtype) keep their promise."""
+    def choose_products(self, shapes: Iterable[ProductShape]) -> None:
+        """Test that products of the shapes keep their promise."""
 
-    def linear(self, weight: Tensor) -> Product:
-        """A product with a weight [O, I]."""
+    def linear(self, weight: Tensor, out: torch.dtype | None = None) -> Product:
+        """A product with a weight [O, I], of rows in its dtype, rounded to `out`, by default the same."""
 
     def has_small_experts(self, hidden: int, d_model: int) -> bool:
         """Whether an expert of so many hidden units is one kernel of the CPU."""

@@ -34,7 +34,6 @@ class CudaTable:
     cover_of_slot: np.ndarray  # [S]
     headers: Tensor  # [covers, 3] int32, on the GPU, as of `cuda_rows.Headers`; where no expert is cut
     header_rows: int  # that a header takes among packed rows; 0 where there are none
-    all_header_rows: int
 
 
 def on_gpu(tables: Mapping[int, LayerTable], device: torch.device, header_rows: int = 0) -> dict[int, CudaTable]:
@@ -57,7 +56,6 @@ def _on_gpu(table: LayerTable, device: torch.device, header_rows: int) -> CudaTa
         cover_of_slot,
         torch.from_numpy(header_places(table, header_rows)).to(device),
         header_rows,
-        header_rows * len(np.unique(table.rank)),
     )
 
 
@@ -118,16 +116,18 @@ async def dispatch(
     # The kernel writes the counts into memory of the host: there is nothing to copy.
     landing = engine.counts(microbatch, len(table.covers))
     replicas = on_gpu.cover_of, on_gpu.n_replicas
-    pairs, places = cuda_rows.sort_pairs(route.experts, turns, *replicas, table.layer, landing)
-    if not table.cut:
+    places = torch.empty_like(route.experts)
+    pairs = torch.empty_like(route.experts).view(-1) if table.cut else None
+    cuda_rows.sort_pairs(route.experts, turns, *replicas, table.layer, landing, places, pairs=pairs)
+    if pairs is None:
         # The number of rows is known: they are packed before the host knows where they go.
-        rows, answers, block = await _reserve(engine, pairs.shape[0], hidden.shape[1], table)
-        cuda_rows.gather(hidden, pairs, top_k, rows.address)
+        rows, answers, block = await _reserve(engine, places.numel(), hidden.shape[1], table)
+        cuda_rows.scatter(hidden, places, rows.address)
     counts = await engine.counted(microbatch, len(table.covers))
-    if table.cut:
-        by_slot = _by_slot(pairs, counts, on_gpu)
+    if pairs is not None:
+        by_slot = _by_slot(pairs // top_k, counts, on_gpu)
         rows, answers, block = await _reserve(engine, by_slot.shape[0], hidden.shape[1], table)
-        cuda_rows.gather(hidden, by_slot, top_k, rows.address)
+        cuda_rows.gather(hidden, by_slot, rows.address)
         await engine.passed()
     slot_counts = counts[on_gpu.cover_of_slot] if table.cut else counts
     back = send(engine, table, microbatch, slot_counts, rows, answers, most_rows, key)
@@ -168,10 +168,10 @@ async def _reserve(engine: CudaEngine, n: int, d: int, table: LayerTable) -> tup
     return rows, answers, block
 
 
-def _by_slot(pairs: Tensor, counts: np.ndarray, on_gpu: CudaTable) -> Tensor:
-    """Pairs by slot, from pairs by cover: every slot of a cover gets all of its pairs."""
+def _by_slot(tokens: Tensor, counts: np.ndarray, on_gpu: CudaTable) -> Tensor:
+    """The tokens of pairs by slot, from those by cover: every slot of a cover gets all of its pairs."""
     begin = np.concatenate([[0], np.cumsum(counts)])
-    return torch.cat([pairs[int(begin[c]) : int(begin[c + 1])] for c in on_gpu.cover_of_slot])
+    return torch.cat([tokens[int(begin[c]) : int(begin[c + 1])] for c in on_gpu.cover_of_slot])
 
 
 def combine(engine: CudaEngine, x: Tensor, route: Route, rows: CudaRows, out: Tensor | None = None) -> Tensor:

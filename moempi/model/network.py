@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moempi.device.seam import Device
+from moempi.device.seam import Device, ProductShape
 from moempi.model.config import ModelConfig
 from moempi.model.expert import leaf_range
 from moempi.model.gate import Route
@@ -37,7 +37,7 @@ class Layer:
         if dense:
             self.gate_up, self.down = device.linear(read("mlp_gate_up")), device.linear(read("mlp_down"))
         else:
-            self.gate = device.linear(read("gate").float())
+            self.gate = device.linear(read("gate"), torch.float32)
 
     def project_rows(self, x: Tensor) -> Tensor:
         """x [R, D] -> queries, keys and values [R, (heads + 2 kv_heads) * head_dim], not normalised or rotated yet."""
@@ -92,19 +92,19 @@ class Network:
         return self.head(self.device.normed(x, self.norm, self.config.norm_eps, self.dtype)).float()
 
 
-def product_shapes(config: ModelConfig, dtype: torch.dtype, leaves: int) -> list[tuple[int, int, torch.dtype]]:
-    """(outputs, inputs, dtype) of every product in the model, for the self-test of the device."""
+def product_shapes(config: ModelConfig, dtype: torch.dtype, leaves: int) -> list[ProductShape]:
+    """Of every product in the model, for the self-test of the device."""
     c, d = config, config.d_model
     shapes = [
-        ((c.n_heads + 2 * c.n_kv_heads) * c.head_dim, d, dtype),
-        (d, c.n_heads * c.head_dim, dtype),
-        (c.vocab, d, dtype),
+        ((c.n_heads + 2 * c.n_kv_heads) * c.head_dim, d, dtype, dtype),
+        (d, c.n_heads * c.head_dim, dtype, dtype),
+        (c.vocab, d, dtype, dtype),
     ]
     if c.dense_layers:
-        shapes += [(2 * c.dense_hidden, d, dtype), (d, c.dense_hidden, dtype)]
+        shapes += [(2 * c.dense_hidden, d, dtype, dtype), (d, c.dense_hidden, dtype, dtype)]
     if c.moe_layers:
-        shapes.append((c.n_experts, d, torch.float32))
+        shapes.append((c.n_experts, d, dtype, torch.float32))
         widths = {b - a for a, b in (leaf_range(leaf, leaves, c.expert_hidden) for leaf in range(leaves))}
         outward = dtype if leaves == 1 else torch.float32
-        shapes += [shape for w in widths for shape in ((2 * w, d, dtype), (d, w, outward))]
+        shapes += [shape for w in widths for shape in ((2 * w, d, dtype, dtype), (d, w, outward, outward))]
     return shapes

@@ -99,10 +99,10 @@ def _header_bytes(config: ModelConfig) -> int:
 def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     """Bytes per token of the widest stage, with the rows that it makes."""
     d, queries = config.d_model, config.n_heads * config.head_dim
-    # Projections, queries in float32, and what they attend to.
-    attention = 2 * (queries + config.n_kv_heads * config.head_dim) * dtype_bytes + queries * _FLOAT32
+    # Projections, queries that are turned, and what they attend to.
+    attention = (3 * queries + 2 * config.n_kv_heads * config.head_dim) * dtype_bytes
     dense = 3 * config.dense_hidden * dtype_bytes if config.dense_layers else 0
-    gate = (d + config.n_experts) * _FLOAT32 if config.moe_layers else 0
+    gate = config.n_experts * _FLOAT32 if config.moe_layers else 0
     return max(attention, dense, gate) + 2 * d * dtype_bytes
 
 

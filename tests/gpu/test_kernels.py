@@ -24,7 +24,7 @@ from moempi.device.cuda_experts import Scratch, Stack, parts_of
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import product
-from moempi.device.cuda_source import WORDS
+from moempi.device.cuda_source_routes import WORDS
 from moempi.device.cuda_transfer import all_to_device, words_of
 from moempi.device.product_tiles import TILES
 from moempi.device.tile_plan import TILE, WIDE_TILE, TilePlan, plan_tiles
@@ -67,10 +67,10 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (3, 7), (5, 3, 20), (33, 64), (4, 128), (130, 7168), (2, 5, 129), (6, 300), (7, 264)]
+    "shape", [(1, 1), (3, 7), (5, 3, 20), (33, 64), (4, 128), (130, 7168), (2, 5, 129), (6, 300), (7, 264), (3, 9000)]
 )
 def test_rms_norm(random: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, weight = draw(random, *shape, dtype=dtype), draw(random, *shape[1:])
+    x, weight = draw(random, *shape, dtype=dtype), draw(random, shape[-1])
     wide = x.double()
     expected = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * weight.double()
     for out in DTYPES:
@@ -96,14 +96,15 @@ def sort_pairs(covers: Tensor, n_covers: int) -> tuple[Tensor, Tensor, Tensor]:
     turns = torch.zeros(len(covers), dtype=torch.int64, device="cuda")
     cover_of = torch.arange(n_covers, dtype=torch.int32, device="cuda").unsqueeze(1)
     counts = torch.full((n_covers,), -1, dtype=torch.int64, pin_memory=True)
-    pairs, places = cuda_rows.sort_pairs(covers, turns, cover_of, torch.ones_like(cover_of), 0, counts)
+    places, pairs = torch.full_like(covers, 12345), torch.full_like(covers, 12345).flatten()
+    cuda_rows.sort_pairs(covers, turns, cover_of, torch.ones_like(cover_of), 0, counts, places, pairs=pairs)
     torch.cuda.synchronize()
     return pairs, places, counts
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens,k,d", [(1, 1, 1), (5, 2, 33), (64, 4, 128), (257, 8, 7168)])
-def test_sort_gather_combine(random: torch.Generator, tokens: int, k: int, d: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("tokens,k,d", [(1, 1, 1), (5, 2, 33), (64, 4, 128), (257, 8, 7168), (4099, 9, 8)])
+def test_sort_pack_combine(random: torch.Generator, tokens: int, k: int, d: int, dtype: torch.dtype) -> None:
     """Rows go out by cover and come back: as torch sorts them, and the sum of a token in the order of k."""
     n_covers = 11
     covers = torch.randint(0, n_covers, (tokens, k), generator=random, device="cuda", dtype=torch.int32)
@@ -114,8 +115,10 @@ def test_sort_gather_combine(random: torch.Generator, tokens: int, k: int, d: in
     assert torch.equal(places.flatten()[pairs.long()].long(), torch.arange(tokens * k, device="cuda"))
     x, weights = draw(random, tokens, d, dtype=dtype), torch.rand(tokens, k, generator=random, device="cuda")
     rows = poisoned(tokens * k, d, dtype=dtype)
-    cuda_rows.gather(x, pairs, k, rows.data_ptr())
-    assert torch.equal(rows, x[pairs.long() // k])
+    again = torch.zeros_like(rows)
+    cuda_rows.scatter(x, places, rows.data_ptr())
+    cuda_rows.gather(x, pairs // k, again.data_ptr())
+    assert torch.equal(rows, x[pairs.long() // k]) and torch.equal(again, rows)
     for answers in (rows * 3, rows.float() * 3):
         found = cuda_rows.combine(x, answers, places, weights)
         ordered = answers[places.flatten().long()].view(tokens, k, d)
@@ -139,15 +142,14 @@ def test_padding_is_not_sorted_packed_or_combined(
     cover_of = torch.arange(n_covers, dtype=torch.int32, device="cuda").unsqueeze(1)
     counts = torch.full((n_covers,), -1, dtype=torch.int64, pin_memory=True)
     places = torch.full((n, k), 12345, dtype=torch.int32, device="cuda")
-    pairs, same = cuda_rows.sort_pairs(experts, turns, cover_of, torch.ones_like(cover_of), 0, counts, places)
+    cuda_rows.sort_pairs(experts, turns, cover_of, torch.ones_like(cover_of), 0, counts, places)
     torch.cuda.synchronize()
     alone, alone_places, alone_counts = sort_pairs(experts[:tokens], n_covers)
-    assert same is places and torch.equal(counts, alone_counts)
-    assert torch.equal(pairs[: tokens * k], alone) and (pairs[tokens * k :] == -1).all()
+    assert torch.equal(counts, alone_counts)
     assert torch.equal(places[:tokens], alone_places) and (places[tokens:] == -1).all()
     x, weights = draw(random, n, d, dtype=dtype), torch.rand(n, k, generator=random, device="cuda")
     rows = poisoned(n * k, d, dtype=dtype)
-    cuda_rows.gather(x, pairs, k, rows.data_ptr())
+    cuda_rows.scatter(x, places, rows.data_ptr())
     assert torch.equal(rows[: tokens * k], x[alone.long() // k]) and rows[tokens * k :].isnan().all()
     found = cuda_rows.combine(x, rows, places, weights)
     assert torch.equal(found[:tokens], cuda_rows.combine(x[:tokens], rows, alone_places, weights[:tokens]))
@@ -169,13 +171,14 @@ def test_headers_lie_ahead_of_the_rows_of_each_rank(random: torch.Generator, tok
     counts = torch.full((7,), -1, dtype=torch.int64, pin_memory=True)
     packed = torch.full((n + total, d), -7, dtype=torch.int32, device="cuda")
     of_slots = torch.from_numpy(header_places(table, each)).cuda()
-    headers = cuda_rows.Headers(of_slots, total, each, packed.data_ptr(), 4 * d)
-    found, places = cuda_rows.sort_pairs(
-        experts, turns, cover_of, torch.ones_like(cover_of), 0, counts, headers=headers
-    )
+    headers = cuda_rows.Headers(of_slots, packed.data_ptr(), 4 * d)
+    places = torch.full_like(experts, 12345)
+    cuda_rows.sort_pairs(experts, turns, cover_of, torch.ones_like(cover_of), 0, counts, places, headers)
     torch.cuda.synchronize()
     alone, _, alone_counts = sort_pairs(experts[:tokens], 7)
     assert torch.equal(counts, alone_counts)
+    found = torch.full((n + total,), -1, dtype=torch.int32)
+    found[places[:tokens].flatten().long().cpu()] = torch.arange(n, dtype=torch.int32)
     expected, lo = [], 0
     for rank in (0, 1, 3):
         mine = counts[table.rank_begin[rank] : table.rank_begin[rank + 1]].tolist()
@@ -183,9 +186,8 @@ def test_headers_lie_ahead_of_the_rows_of_each_rank(random: torch.Generator, tok
         assert header == ([*mine, *[-7] * 13] if len(mine) > 1 else [-7] * 16)
         expected += [-1] * each + alone[lo : lo + sum(mine)].tolist()
         lo += sum(mine)
-    assert found.tolist() == expected + [-1] * (padding * k)
+    assert found.tolist() == expected
     assert (places[tokens:] == -1).all()
-    assert torch.equal(found[places[:tokens].flatten().long()].cpu(), torch.arange(n, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("tokens,e,k", [(1, 1, 1), (9, 5, 2), (33, 128, 8), (1000, 64, 6), (3, 3000, 9)])
@@ -213,7 +215,8 @@ def test_replicas_take_turns() -> None:
     cover_of = torch.tensor([[0, 0], [1, 2]], dtype=torch.int32, device="cuda")
     replicas = torch.tensor([1, 2], dtype=torch.int32, device="cuda")
     counts, turns = torch.zeros(3, dtype=torch.int64, pin_memory=True), torch.tensor([4, 5, 6], device="cuda")
-    pairs, places = cuda_rows.sort_pairs(experts, turns, cover_of, replicas, 1, counts)
+    places, pairs = torch.empty_like(experts), torch.empty_like(experts).flatten()
+    cuda_rows.sort_pairs(experts, turns, cover_of, replicas, 1, counts, places, pairs=pairs)
     assert pairs.tolist() == [0, 3, 4, 2, 1, 5] and places.tolist() == [[0, 4], [3, 1], [2, 5]]
     assert counts.tolist() == [3, 1, 2]
 
@@ -264,8 +267,12 @@ def test_a_score_that_is_no_number_shows(bad: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("outputs,inputs", [(1, 1), (5, 7), (33, 65), (128, 64), (768, 2048), (300, 1000)])
 def test_exact_products(random: torch.Generator, outputs: int, inputs: int, dtype: torch.dtype) -> None:
-    """The values of a product, and of every row the same bits for any number of rows, place and tile."""
-    assert row_is_independent((outputs, inputs, dtype), torch.device("cuda"))
+    """The values of a product, and of every row the same bits for any number of rows, place and tile.
+
+    Rounded to the dtype, and in float32 as a gate has them.
+    """
+    for out in {dtype, torch.float32}:
+        assert row_is_independent((outputs, inputs, dtype, out), torch.device("cuda"))
     weight, row = draw(random, outputs, inputs, dtype=dtype), draw(random, 1, inputs, dtype=dtype)
     alone = product(row, weight)[0]
     assert error(alone, row[0].double() @ weight.double().T) < CLOSE[dtype]
@@ -276,11 +283,14 @@ def test_exact_products(random: torch.Generator, outputs: int, inputs: int, dtyp
         for tile in TILES[dtype]:
             found = product(x, weight, tile)
             assert error(found, x.double() @ weight.double().T) < CLOSE[dtype]
+            unrounded = product(x, weight, tile, torch.float32)
+            assert error(unrounded, x.double() @ weight.double().T) < CLOSE[torch.float32]
+            assert torch.equal(unrounded.to(dtype), found)
             assert all(torch.equal(found[place], alone) for place in (0, n // 2, n - 1)), (n, tile)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n,d", [(1, 1), (3, 37), (65, 256), (7, 7168), (5, 300), (9, 264)])
+@pytest.mark.parametrize("n,d", [(1, 1), (3, 37), (65, 256), (7, 7168), (5, 300), (9, 264), (3, 9000)])
 def test_sum_and_norm_have_the_bits_of_each(random: torch.Generator, n: int, d: int, dtype: torch.dtype) -> None:
     residual, rows, weight = (draw(random, *shape, dtype=t) for shape, t in
                               (((n, d), dtype), ((n, d), dtype), ((d,), torch.float32)))  # fmt: skip
@@ -296,19 +306,29 @@ def test_sum_and_norm_have_the_bits_of_each(random: torch.Generator, n: int, d: 
 def test_heads_are_turned_and_written(
     random: torch.Generator, heads: int, kv: int, dim: int, n: int, dtype: torch.dtype
 ) -> None:
-    """The bits of norm, rotation and cache one after the other; nothing else of the cache is touched."""
+    """As norm, rotation and cache have it one after the other; nothing else of the cache is touched.
+
+    A token's bits are the same alone and among others.
+    """
     rows, norm = draw(random, n, (heads + 2 * kv) * dim, dtype=dtype), draw(random, heads + kv, dim)
     rotary, spans = Rotary(dim, 200, 1e4, Tensor.cuda), [Span(60, 60 + n, [2, 0])]
     plan = on_gpu(plan_tiles(spans, heads // kv))
-    caches = [KVCache(2, kv, dim, 3 * 64, dtype, torch.device("cuda")) for _ in range(2)]
+    plain, cache, again = (KVCache(2, kv, dim, 3 * 64, dtype, torch.device("cuda")) for _ in range(3))
     both, values = rows.view(n, -1, dim).split([heads + kv, kv], dim=1)
-    normed = cuda_rows.rms_norm(both, norm, 1e-6)
-    expected, keys = turn(normed, rotary, plan.positions).split([heads, kv], dim=1)
-    store(caches[0], 1, plan, keys, values)
+    wide = both.double()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * norm.double()
+    queries, keys = turn(normed, rotary, plan.positions).split([heads, kv], dim=1)
+    store(plain, 1, plan, keys, values)
     tables = rotary.cos, rotary.sin
-    found = cuda_rows.turn_heads(rows, norm, 1e-6, tables, plan, caches[1].keys[1], caches[1].values[1])
-    assert torch.equal(found, expected)
-    assert torch.equal(caches[0].keys, caches[1].keys) and torch.equal(caches[0].values, caches[1].values)
+    found = cuda_rows.turn_heads(rows, norm, 1e-6, tables, plan, cache.keys[1], cache.values[1])
+    assert found.dtype == dtype and error(found, queries * dim**-0.5) < CLOSE[dtype]
+    assert error(cache.keys, plain.keys.double()) < 2 * CLOSE[dtype], "both are rounded"
+    assert torch.equal(cache.keys == 0, plain.keys == 0) and torch.equal(cache.values, plain.values)
+    for t in range(n):
+        alone = on_gpu(plan_tiles([Span(60 + t, 61 + t, [2, 0])], heads // kv))
+        one = cuda_rows.turn_heads(rows[t : t + 1].clone(), norm, 1e-6, tables, alone, again.keys[1], again.values[1])
+        assert torch.equal(one[0], found[t])
+    assert torch.equal(cache.keys, again.keys) and torch.equal(cache.values, again.values)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -442,6 +462,7 @@ def attention(data: list, dtype: torch.dtype, chunk: Callable[[], int], tile: in
         queries, keys, values = (torch.cat(parts) for parts in zip(*taken, strict=True))
         plan = on_gpu(plan_tiles(spans, heads // kv, tile))
         store(cache, 0, plan, keys, values)
+        queries = (queries * queries.shape[-1] ** -0.5).to(dtype)
         found = attend(queries, cache.keys[0], cache.values[0], plan).split([n for _, n in taking])
         for (i, n), part in zip(taking, found, strict=True):
             outputs[i].append(part)
@@ -475,5 +496,6 @@ def test_attentions_tiles_agree(heads: int, kv: int, dim: int) -> None:
 
 def test_the_device_tests_itself() -> None:
     device = Cuda(0, "exact")
-    device.choose_products([(5, 7, torch.float32), (128, 64, torch.bfloat16), (128, 64, torch.float32)])
+    narrow, wide = torch.bfloat16, torch.float32
+    device.choose_products([(5, 7, wide, wide), (128, 64, narrow, narrow), (128, 64, narrow, wide)])
     assert device.products == "fixed tiles" and Cuda(0, "fast").products == "cuBLAS"

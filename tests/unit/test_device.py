@@ -141,9 +141,9 @@ def test_a_small_product_adds_to_the_residual_before_it_rounds(dtype: torch.dtyp
 
 def test_kernels_multiply_where_the_processor_has_their_instructions(no_small_ones: None) -> None:
     device = Cpu(1)
-    device.choose_products([(5, 7, torch.float32)])
+    device.choose_products([(5, 7, torch.float32, torch.float32)])
     assert (device.products == "kernels") == has_wide_product(False)
-    device.choose_products([(5, 7, torch.float32), (16, 8, torch.bfloat16)])
+    device.choose_products([(5, 7, torch.float32, torch.float32), (16, 8, torch.bfloat16, torch.bfloat16)])
     assert (device.products == "kernels") == (has_wide_product(False) and has_wide_product(True))
 
 
@@ -178,9 +178,9 @@ def test_shares_of_threads_are_all_panels() -> None:
 
 def test_packed_products_are_chosen_where_they_hold(no_small_ones: None, no_wide_ones: None) -> None:
     device = Cpu(1)
-    device.choose_products([(5, 7, torch.float32)])
+    device.choose_products([(5, 7, torch.float32, torch.float32)])
     assert device.products == "packed"
-    device.choose_products([(5, 7, torch.float32), (16, 8, torch.bfloat16)])
+    device.choose_products([(5, 7, torch.float32, torch.float32), (16, 8, torch.bfloat16, torch.bfloat16)])
     # With AMX two rows of bfloat16 may have other bits than many.
     assert device.products in (("packed", "pieces") if packs(torch.bfloat16) else ("tiled",))
 
@@ -194,7 +194,7 @@ def test_pieces_where_long_batches_change_bits(
     monkeypatch.setattr(cpu, "_pack", lambda weight: weight)
     monkeypatch.setattr(cpu, "_packed_product", dependent)
     device = Cpu(2)
-    device.choose_products([(5, 7, torch.float32)])
+    device.choose_products([(5, 7, torch.float32, torch.float32)])
     assert device.products == "pieces" and device.threads == 2
     product, x = device.linear(torch.randn(5, 7)), torch.randn(3 * PIECE_ROWS + 1, 7)
     assert torch.equal(product(x), torch.cat([product(row.unsqueeze(0)) for row in x]))
@@ -230,7 +230,7 @@ def test_tiles_on_one_thread_where_packed_products_fail(
         monkeypatch.setattr(cpu, "_pack", lambda weight: weight)
         monkeypatch.setattr(cpu, "_packed_product", dependent)
     device = Cpu(2)
-    device.choose_products([(5, 7, torch.float32)])
+    device.choose_products([(5, 7, torch.float32, torch.float32)])
     assert device.products == "tiled" and device.threads == 1 and torch.get_num_threads() == 1
     assert device.linear(torch.randn(5, 7)).kind == "tiled"
 
@@ -238,7 +238,7 @@ def test_tiles_on_one_thread_where_packed_products_fail(
 def test_no_exact_mode_where_both_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "row_is_independent", lambda shape, kind, threads: False)
     with pytest.raises(MoempiError, match="self-test failed"):
-        Cpu(1).choose_products([(5, 7, torch.float32)])
+        Cpu(1).choose_products([(5, 7, torch.float32, torch.float32)])
 
 
 def test_numba_is_not_loaded_where_kernels_are_kept() -> None:

@@ -306,20 +306,20 @@ def test_a_limit_leaves_room_for_so_many_sequences(device: str) -> None:
 
 
 def test_what_is_left_to_the_device() -> None:
-    """Steps of 512 tokens; on GPUs as long ones as the KV cache leaves room for, up to 4096."""
-    assert [layout_within(0, device=device, sizes={}).step_tokens for device in ("cpu", "cuda")] == [512, 4096]
+    """Steps of 512 tokens; on GPUs as long ones as the KV cache leaves room for, up to 8192."""
+    assert [layout_within(0, device=device, sizes={}).step_tokens for device in ("cpu", "cuda")] == [512, 8192]
 
     def within(limit: int) -> Layout:
         return layout_within(limit, device="cuda", sizes={"capacity": 8})
 
-    sizes = [layout_within(0, device="cuda", sizes={"capacity": 8, "prefill_tokens": n}) for n in (4096, 2048, 512)]
+    sizes = [layout_within(0, device="cuda", sizes={"capacity": 8, "prefill_tokens": n}) for n in (8192, 4096, 512)]
     most, half, least = (one.memory[0].total for one in sizes)
     page = memory.kv_bytes(SMALL, 2, 64)
-    assert within(most).step_tokens == 4096
+    assert within(most).step_tokens == 8192
     # A page less of sixteen is little enough; two are not, and steps of half as many tokens leave all.
-    assert (within(most - page).step_tokens, within(most - page).kv_tokens) == (4096, 15 * 64)
-    assert (within(most - 2 * page).step_tokens, within(most - 2 * page).kv_tokens) == (2048, 16 * 64)
-    assert (within(half).step_tokens, within(least).step_tokens) == (2048, 512)
+    assert (within(most - page).step_tokens, within(most - page).kv_tokens) == (8192, 15 * 64)
+    assert (within(most - 2 * page).step_tokens, within(most - 2 * page).kv_tokens) == (4096, 16 * 64)
+    assert (within(half).step_tokens, within(least).step_tokens) == (4096, 512)
     # Where even the least leave no more, none are longer.
     assert (within(least - 8 * page).step_tokens, within(least - 8 * page).kv_tokens) == (512, 8 * 64)
 
@@ -338,8 +338,8 @@ def test_activations_on_a_gpu_by_hand() -> None:
         SMALL, 2, n_ranks=1, capacity=3, max_step_tokens=10, microbatches=2, arrival_budget=10**9
     )
     resident = 2 * 10 * 3 * 8 * 2
-    # Attention is widest: projections 24 + 12 + 12 and mixed values 24 in bfloat16; queries 24 in float32.
-    stage = 48 * 2 + 24 * 2 + 24 * 4 + 2 * 8 * 2
+    # Attention is widest: projections 24 + 12 + 12, queries 24 and mixed values 24.
+    stage = 48 * 2 + 24 * 2 + 24 * 2 + 2 * 8 * 2
     # All 2 x 10 x 2 rows in one call, and 512 to round them up: three times 12 wide, and their places twice.
     call = (40 + 512) * (3 * 12 * 2 + 32)
     logits = 3 * 50 * (2 + 4)

@@ -109,7 +109,7 @@ def test_pieces_of_an_expert_add_up_to_the_bits_of_the_whole(hidden: int, leaves
     gate_up, down = random(2 * hidden, d_model).to(dtype), random(d_model, hidden, seed=1).to(dtype)
     x = random(9, d_model, seed=2).to(dtype)
     # Tiled where this processor has no packed products of the type.
-    device.choose_products([(2 * hidden, d_model, dtype), (d_model, hidden, dtype)])
+    device.choose_products([(2 * hidden, d_model, dtype, dtype), (d_model, hidden, dtype, dtype)])
     whole = Expert(device, gate_up, down, 0, leaves, leaves, hidden)(x)
 
     def piece(lo: int, hi: int) -> torch.Tensor:

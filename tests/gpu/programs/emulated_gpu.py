@@ -74,9 +74,9 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.float() * torch.rsqrt(squares + eps).float() * weight
 
 
-def rms_norm(blocks: int, kinds: Any, x: int, weight: int, out: int, heads: int, d: int, eps: int) -> None:
-    rows, scale = at(x, (blocks // heads, heads, d), kinds[0]), at(weight, (heads, d), torch.float32)
-    at(out, (blocks // heads, heads, d), kinds[1]).copy_(normed(rows, scale, float_of(eps)))
+def rms_norm(blocks: int, kinds: Any, x: int, weight: int, out: int, d: int, eps: int) -> None:
+    rows, scale = at(x, (blocks, d), kinds[0]), at(weight, (d,), torch.float32)
+    at(out, (blocks, d), kinds[1]).copy_(normed(rows, scale, float_of(eps)))
 
 
 def add_norm(blocks: int, kinds: Any, a: int, b: int, weight: int, total: int, norm: int, d: int, eps: int) -> None:
@@ -87,7 +87,8 @@ def add_norm(blocks: int, kinds: Any, a: int, b: int, weight: int, total: int, n
 
 def turn_heads(
     blocks: int, kinds: Any, rows: int, norm: int, cos: int, sin: int, positions: int, pages: int, offsets: int,
-    queries: int, keys: int, values: int, n: int, heads: int, kv: int, dim: int, width: int, page: int, eps: int,
+    queries: int, keys: int, values: int, n: int, heads: int, kv: int, dim: int, width: int, page: int, lanes: int,
+    eps: int, scale: int,
 ) -> None:  # fmt: skip
     where, of_page, offset = (at(each, (n,), torch.int64) for each in (positions, pages, offsets))
     x = at(rows, (n, heads + 2 * kv, dim), kinds[0])
@@ -95,7 +96,7 @@ def turn_heads(
     tables = [at(each, (int(where.max()) + 1, dim), torch.float32)[where].unsqueeze(1) for each in (cos, sin)]
     low, high = both.chunk(2, dim=-1)
     turned = both * tables[0] + torch.cat([high, low], dim=-1) * tables[1]
-    at(queries, (n, heads, dim), torch.float32).copy_(turned[:, :heads])
+    at(queries, (n, heads, dim), kinds[0]).copy_(turned[:, :heads] * float_of(scale))
     most = int(of_page.max()) + 1
     at(keys, (most, kv, width, page), kinds[0])[of_page, :, :dim, offset] = turned[:, heads:].to(kinds[0])
     at(values, (most, kv, page, width), kinds[0])[of_page, :, offset, :dim] = x[:, heads + kv :]
@@ -106,11 +107,16 @@ def swiglu(blocks: int, kinds: Any, source: int, target: int, f: int) -> None:
     at(target, (blocks, f), kinds[0]).copy_(gate / (1 + torch.exp(-gate)) * up)
 
 
-def gather(blocks: int, kinds: Any, source: int, pairs: int, out: int, top_k: int, d: int) -> None:
-    taken = at(pairs, (blocks,), torch.int32).long()
-    there = taken >= 0
-    rows = at(source, (int(taken.max()) // top_k + 1, d), kinds[0])
-    at(out, (blocks, d), kinds[0])[there] = rows[taken[there] // top_k]
+def gather(blocks: int, kinds: Any, source: int, tokens: int, out: int, d: int) -> None:
+    taken = at(tokens, (blocks,), torch.int32).long()
+    at(out, (blocks, d), kinds[0]).copy_(at(source, (int(taken.max()) + 1, d), kinds[0])[taken])
+
+
+def scatter(blocks: int, kinds: Any, source: int, places: int, out: int, top_k: int, d: int) -> None:
+    place = at(places, (blocks, top_k), torch.int32).long()
+    there = place[:, 0] >= 0
+    rows = at(source, (blocks, d), kinds[0])[there].repeat_interleave(top_k, 0)
+    at(out, (int(place.max()) + 1, d), kinds[0])[place[there].flatten()] = rows
 
 
 def combine(
@@ -137,7 +143,7 @@ def choose(blocks: int, kinds: Any, logits: int, experts: int, weights: int, t: 
 
 def sort_pairs(
     blocks: int, kinds: Any, experts: int, turns: int, cover_of: int, replicas: int, pairs: int, places: int,
-    counts: int, n: int, top_k: int, most: int, layer: int, headers: int, each: int, packed: int, row: int,
+    counts: int, n: int, top_k: int, most: int, layer: int, headers: int, packed: int, row: int,
 ) -> None:  # fmt: skip
     chosen, turn = at(experts, (n,), torch.int32).long(), at(turns, (n // top_k,), torch.int64)
     turn = turn.repeat_interleave(top_k)
@@ -150,13 +156,13 @@ def sort_pairs(
     landing.fill_(-1)  # what the host finds there before the stream has come past a mark behind this
     COMING.add(lambda: landing.copy_(of_covers))
     ahead = at(headers, (blocks, 3), torch.int32).tolist() if headers else [(0, 0, 0)] * blocks
-    sorted_pairs, into = at(pairs, (n + ahead[-1][1],), torch.int32), at(places, (n,), torch.int32)
-    sorted_pairs.fill_(-1)
+    into = at(places, (n,), torch.int32)
     into.fill_(-1)
     of, begin = of_covers.tolist(), of_covers.cumsum(0) - of_covers
     for place, pair in enumerate(order[:real].tolist()):
         into[pair] = place + ahead[covers[pair]][1]
-        sorted_pairs[into[pair]] = pair
+        if pairs:
+            at(pairs + 4 * int(into[pair]), (1,), torch.int32).fill_(pair)
     for cover, (first, rows, nbytes) in enumerate(ahead):
         if nbytes:
             header = packed + (int(begin[first]) + rows) * row - nbytes
@@ -200,7 +206,7 @@ def greedy(blocks: int, kinds: Any, logits: int, tokens: int, logprobs: int, v: 
 KERNELS: dict[str, Callable[..., None]] = {
     each.__name__: each
     for each in (
-        rms_norm, add_norm, turn_heads, swiglu, gather, combine, choose, sort_pairs, row_tables, greedy
+        rms_norm, add_norm, turn_heads, swiglu, gather, scatter, combine, choose, sort_pairs, row_tables, greedy
     )
 }  # fmt: skip
 
@@ -209,14 +215,14 @@ KERNELS: dict[str, Callable[..., None]] = {
 
 
 def launch_product(
-    source: int, weights: Tensor, target: int, tiles: Any, way: Any, places: int | None, rows: int = 0
+    source: int, weights: Tensor, target: int, tiles: Any, way: Any, places: int | None, rows: int, out: torch.dtype
 ) -> None:
     """Stands for `moempi.device.cuda_products._launch`."""
     outputs, inputs = weights.shape[-2:]
     dtype, size, unit = weights.dtype, weights.itemsize, tiles.unit
     if way == 0:
         result = product(at(source, (rows, inputs), dtype), weights)
-        at(target, (rows, outputs), dtype).copy_(result)
+        at(target, (rows, outputs), out).copy_(result)
         return
     for left, begin, slot in at(tiles.table, (tiles.n, 3), torch.int64).tolist():
         for row in range(begin, begin + min(left, tiles.tile.rows)):
@@ -233,7 +239,7 @@ def attention_of(
     """Stands for `moempi.device.cuda_attention._compiled`."""
 
     def kernel(grid: Any, queries: int, keys: int, values: int, out: int, tiles: int, positions: int, pages: int,
-               columns: int, scale: float) -> None:  # fmt: skip
+               columns: int) -> None:  # fmt: skip
         page = keys_page()
         for i, (first, n_rows, n_pages, line) in enumerate(at(tiles, (grid[0], 4), torch.int32).tolist()):
             book = at(pages + 8 * line * columns, (n_pages,), torch.int64)
@@ -245,7 +251,7 @@ def attention_of(
                 position = int(at(positions + 4 * (i * tile + j), (1,), torch.int32))
                 for kv in range(kv_heads):
                     where = ((token * heads) + kv * group + member) * dim
-                    q = (at(queries + 4 * where, (dim,), torch.float32) * scale).to(dtype).double()
+                    q = at(queries + dtype.itemsize * where, (dim,), dtype).double()
                     known = k[:, kv, :dim].permute(0, 2, 1).reshape(-1, dim)[: position + 1].double()
                     held = v[:, kv, :, :dim].reshape(-1, dim)[: position + 1].double()
                     weights = (known @ q).softmax(0)
