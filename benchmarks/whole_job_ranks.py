@@ -51,16 +51,25 @@ def main() -> None:
                 outcome = run_job(part, folder, phase, options)
                 options = without_trial(part, outcome, options)
             mpi.meet(world)
+            host = world.gather(memory_of_host(), root=0)
             if world.rank == 0:
                 assert outcome is not None
                 tokens = sum(map(len, some)) if name == "prefill" else outcome.new_tokens
                 told = {"tokens": tokens, "seconds": outcome.seconds, "rate": tokens / outcome.seconds}
                 memory = {"memory_planned": outcome.memory_planned, "memory_peak": outcome.memory_peak}
-                found.append({"ranks": ranks, "job": name, **told, "steps": outcome.steps, **memory})
+                about = {"steps": outcome.steps, **memory, "memory_of_hosts": host[:ranks]}
+                found.append({"ranks": ranks, "job": name, **told, **about})
                 temporary = out.with_suffix(".tmp")
                 temporary.write_text(json.dumps(found))
                 temporary.replace(out)
         part.Free()
+
+
+def memory_of_host() -> dict[str, int]:
+    """Bytes of this process: the most so far, and now by what stands behind them."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    names = {"VmHWM:": "most", "RssAnon:": "anonymous", "RssShmem:": "shared", "RssFile:": "files"}
+    return {names[words[0]]: 1024 * int(words[1]) for words in lines if words and words[0] in names}
 
 
 def write_job(folder: Path, name: str, prompts: list[np.ndarray], new_tokens: int) -> None:

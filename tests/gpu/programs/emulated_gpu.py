@@ -429,6 +429,8 @@ def _patch_torch() -> None:
         return lambda *given, pin_memory=False, **options: make(*given, **options)
 
     torch.zeros, torch.empty = unpinned(torch.zeros), unpinned(torch.empty)
+    mm = torch.mm
+    torch.mm = lambda a, b, out_dtype=None: mm(a.to(out_dtype), b.to(out_dtype)) if out_dtype else mm(a, b)
     cuda: Any = torch.cuda
     cuda.Stream, cuda.Event = Stream, Event
     cuda.stream, cuda.set_stream = on_stream, set_stream
