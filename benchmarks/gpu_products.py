@@ -131,7 +131,7 @@ def attention(flush: torch.Tensor) -> list[dict[str, Any]]:
         spans = [Span(begin, end, list(range(i * pages, (i + 1) * pages))) for i in range(sequences)]
         keys = torch.randn(sequences * pages, kv_heads, 128, 64, device="cuda").to(DTYPE)
         values = torch.randn(sequences * pages, kv_heads, 64, 128, device="cuda").to(DTYPE)
-        queries = torch.randn(sequences * (end - begin), heads, 128, device="cuda")
+        queries = torch.randn(sequences * (end - begin), heads, 128, device="cuda").to(DTYPE)
         us = {}
         for rows in (TILE, WIDE_TILE, 2 * WIDE_TILE):
             plan = there(plan_tiles(spans, heads // kv_heads, rows))

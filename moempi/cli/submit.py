@@ -92,7 +92,7 @@ def _request(job: Job, site: Site, options: dict[str, Any]) -> tuple[Request, Ne
     except ValueError as error:
         shown = {"--time": options["limit"], "--mem": options["memory"]}
         raise JobError(f"{', '.join(f'{k} {v!r}' for k, v in shown.items() if v is not None)}: {error}") from None
-    needs = needs_of(job, options["nodes"] * tasks, options["shards"] or 1)
+    needs = needs_of(job, options["nodes"] * tasks, options["shards"] or 1, gpus=site.gpus_per_node > 0)
     request = resolve(
         needs, site, nodes=options["nodes"], tasks=tasks, seconds=seconds, memory=memory, grace=job.run.grace
     )
@@ -105,8 +105,9 @@ def _reasons(request: Request, needs: Needs, site: Site) -> list[str]:
     from moempi.slurm.times import show_time
 
     guess = estimate(needs, site, request.ranks)
+    of_gpu = f", and {show_bytes(needs.gpu_bytes)} of its GPU" if needs.gpu_bytes else ""
     return [
-        f"{request.ranks} ranks; the fullest is planned with {show_bytes(needs.rank_bytes)}",
+        f"{request.ranks} ranks; the fullest is planned with {show_bytes(needs.rank_bytes)}{of_gpu}",
         f"time: {show_time(request.seconds)}; estimated {guess:.0f} s for {needs.prompt_tokens} prompt tokens and at "
         f"most {needs.new_tokens} new ones, from the rates of the site profile",
     ]

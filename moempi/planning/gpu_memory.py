@@ -14,6 +14,8 @@ from moempi.model.config import ModelConfig
 
 # CUDA's own, a little more than was seen: context and code of kernels.
 CONTEXT = 704 * 2**20
+# Of the host: a process with torch, CUDA, MPI and the kernels that it has compiled. 1.4 GB were seen.
+HOST = 3 * 2**29
 # torch's allocator takes memory in segments, which are not filled to the end.
 _SEGMENTS = 48 * 2**20
 STEADY = 512  # sequences, up to which a step of one token each is launched as graphs
@@ -52,6 +54,19 @@ def step_bytes(
     # Steps of one token of each sequence have memory of their own, and their graphs a stage of theirs.
     steady = microbatches * steady_rows(capacity) * (3 * d * dtype_bytes + stage + _routes(config))
     return resident + t * stage + steady + call + logits + _tables(config) + _SEGMENTS
+
+
+def host_bytes(config: ModelConfig, dtype_bytes: int, message_bytes: int, gpu_aware: str) -> int:
+    """What a rank on a GPU takes of its host's memory, at most: little, but for rows that pass through it.
+
+    Args:
+        message_bytes: of the rank's plan.
+        gpu_aware: the option of the job; only "on" is known to stage nothing before the job starts.
+    """
+    d, heads = config.d_model, config.n_heads + 2 * config.n_kv_heads
+    largest = d * max(config.vocab, heads * config.head_dim, 3 * config.expert_hidden, 2 * config.dense_hidden)
+    read = largest * (_FLOAT32 + dtype_bytes)  # as it is stored, and in the run's dtype
+    return HOST + read + (message_bytes if gpu_aware != "on" else 0)
 
 
 def steady_rows(capacity: int) -> int:

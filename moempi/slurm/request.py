@@ -23,7 +23,8 @@ LEAST_TIME = 600.0
 class Needs:
     """What the plan of a job says, on the ranks that it shall have."""
 
-    rank_bytes: int  # of the fullest rank
+    rank_bytes: int  # of a node's memory, for the fullest rank
+    gpu_bytes: int  # of a GPU, for the same; 0 where ranks compute on cores
     weight_bytes: int  # of it, weights that every step reads
     layers: int
     flops_per_token: float

@@ -392,3 +392,10 @@ def test_what_ranks_took_of_their_gpus() -> None:
     first, second = gpu_memory.Use("n0 1", 1000, 200, 250), gpu_memory.Use("n0 1", 990, 400, 400)
     assert gpu_memory.peaks([alone, first, second]) == [1000, 450, 600]
     assert gpu_memory.peaks([]) == []
+
+
+def test_what_a_rank_on_a_gpu_takes_of_its_host_by_hand() -> None:
+    # The largest tensor is the embedding: 50 x 8, stored in four bytes and kept in two, or in four.
+    assert gpu_memory.host_bytes(SMALL, 2, 1000, "on") == gpu_memory.HOST + 400 * 6
+    assert gpu_memory.host_bytes(SMALL, 4, 1000, "off") == gpu_memory.HOST + 400 * 8 + 1000
+    assert gpu_memory.host_bytes(SMALL, 4, 1000, "auto") == gpu_memory.HOST + 400 * 8 + 1000

@@ -19,9 +19,14 @@ from moempi.cli.status import status
 from moempi.cli.submit import _submit, submit
 from moempi.errors import DataError, FitError, JobError
 from moempi.files.committed import Committed
+from moempi.files.make_inputs import make_inputs
 from moempi.job import load_job
+from moempi.planning.gpu_memory import HOST
+from moempi.planning.memory import RankMemory
+from moempi.prepare import look
 from moempi.slurm import requeue, scheduler
 from moempi.slurm.binding import hidden_gpus
+from moempi.slurm.needs import needs_of
 from moempi.slurm.place import Submitted, folder_of, record, submissions
 from moempi.slurm.request import Needs, Request, estimate, resolve, tasks_per_node
 from moempi.slurm.requeue import Turn, why_not_again
@@ -112,6 +117,7 @@ def test_the_example_is_a_valid_site_and_names_every_option() -> None:
 
 NEEDS = Needs(
     rank_bytes=1000 * MIB,
+    gpu_bytes=0,
     weight_bytes=5 * 10**9,
     layers=10,
     flops_per_token=2e9,
@@ -472,3 +478,24 @@ def test_a_dry_run_prints_script_and_reasons_and_writes_nothing(
     assert f"--quiet \\\n  --log-dir {tmp_path}/logs" in shown.output
     assert "# 16 ranks; the fullest is planned with" in shown.output and "estimated" in shown.output
     assert [path.name for path in tmp_path.iterdir()] == ["in.h5"]
+
+
+def test_on_gpus_a_node_is_asked_for_what_the_host_needs(tmp_path: Path) -> None:
+    """Here there are none, but the site has some: a job that leaves its device open is planned on them."""
+    make_inputs(ROOT / "inputs/prompts.jsonl", ROOT / "inputs/tinymoe.h5", tmp_path / "in.h5")
+
+    def needs(*overrides: str, gpus: bool = True) -> Needs:
+        given = [f"input.file={tmp_path}/in.h5", f"output.file={tmp_path}/out.h5", *overrides]
+        return needs_of(load_job(ROOT / "jobs/demo.toml", given), 2, gpus=gpus)
+
+    def planned(device: str) -> list[RankMemory]:
+        given = [f"input.file={tmp_path}/in.h5", f"run.device={device}"]
+        return look(load_job(ROOT / "jobs/demo.toml", given), 2).shape.layout.memory
+
+    on_gpus, direct, staged = planned("cuda"), needs("exchange.gpu_aware=on"), needs()
+    assert staged.gpu_bytes == direct.gpu_bytes == max(plan.total for plan in on_gpus)
+    assert staged.rank_bytes - direct.rank_bytes == max(plan.message_bytes for plan in on_gpus)
+    assert direct.rank_bytes > HOST
+    on_cores = needs(gpus=False)
+    assert on_cores == needs("run.device=cpu") and on_cores.gpu_bytes == 0
+    assert on_cores.rank_bytes == max(plan.total for plan in planned("cpu"))
