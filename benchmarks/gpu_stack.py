@@ -41,6 +41,7 @@ def main() -> None:
     """All of it on every rank; rank 0 writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--trace", type=Path, help="of one more round of the last stack that is not staged")
     parser.add_argument("--small", action="store_true", help="a trial of this script on the CPU, in small")
     given = parser.parse_args()
     device = "cpu" if given.small else "cuda"
@@ -55,8 +56,11 @@ def main() -> None:
             given.out.write_text(json.dumps(results, indent=1) + "\n")
 
     with torch.inference_mode():
-        for stack, tokens in small_grid(world.size) if given.small else grid(world.size):
-            results["stack"].append(measure(world, make, stack, tokens))
+        stacks = small_grid(world.size) if given.small else grid(world.size)
+        last = [stack.gpu_aware != "off" for stack, _ in stacks].count(True) - 1
+        for i, (stack, tokens) in enumerate(stacks):
+            trace = given.trace if i == last else None
+            results["stack"].append(measure(world, make, stack, tokens, trace))
             write()
             if world.rank == 0:
                 print(shown(results["stack"][-1]), flush=True)
@@ -82,9 +86,10 @@ def small_grid(ranks: int) -> list[tuple[Stack, int]]:
     return [(Stack(2, 64, 32, ranks, ranks, m), tokens) for tokens, m in ((1, 1), (40, 3))]
 
 
-def measure(world: Any, make: Any, stack: Stack, tokens: int) -> dict[str, Any]:
+def measure(world: Any, make: Any, stack: Stack, tokens: int, trace: Path | None) -> dict[str, Any]:
     """One row of the results. Collective."""
-    from moempi.bench.layers import measure_layers
+    from moempi.bench.layers import measure_layers, trace_round
+    from moempi.exchange.topology import look_around
 
     layers = make(stack, tokens)
     if tokens == 1:
@@ -93,6 +98,8 @@ def measure(world: Any, make: Any, stack: Stack, tokens: int) -> dict[str, Any]:
         layers.copies = copies_of(world, layers)
         layers.measured = ("stack", "pure", "copies")
     times = measure_layers(world, layers, stack.layers, ROUNDS)
+    if trace:
+        trace_round(look_around(world), layers, stack, tokens, trace)
     layers.free()
     return {**vars(stack), **sum_up(stack, world.size, tokens, times)}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,8 +13,36 @@ from moempi.exchange.topology import Clock, Topology, align_clocks
 from moempi.files.trace import between, make_way, merge_trace
 from moempi.files.trace_writer import TraceWriter
 from moempi.job import Job
+from moempi.model.config import ModelConfig
+from moempi.planning.placement import Placement
 from moempi.prepare import Shape
 from moempi.recorder import PART_BYTES, Recorder
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What a trace is of, and where it goes.
+
+    Args:
+        level: of LEVELS.
+        every: s after which what was noted is handed over to be written.
+        mode: "exact" or "fast".
+        job: JSON text of what is run.
+    """
+
+    path: Path
+    level: str
+    every: float
+    config: ModelConfig
+    placement: Placement
+    mode: str
+    job: str
+
+
+def traced(job: Job, shape: Shape) -> Traced:
+    """The trace of a job."""
+    level, every, layout = job.trace.level, job.trace.flush_every, shape.layout
+    return Traced(job.trace_file, level, every, shape.config, layout.placement, layout.mode, job.to_json())
 
 
 class Tracer:
@@ -24,22 +54,20 @@ class Tracer:
         resume, overwrite: what happens to an earlier trace, as of `make_way`.
     """
 
-    def __init__(self, topology: Topology, job: Job, shape: Shape, *, resume: bool, overwrite: bool):
-        config, world = shape.config, topology.world
-        self.path, self._every = job.trace_file, job.trace.flush_every
-        self.recorder = Recorder(
-            job.trace.level, world.rank, world.size, config.n_layers, config.n_experts, config.top_k
-        )
-        self._topology, self._job = topology, job
+    def __init__(self, topology: Topology, of: Traced, *, resume: bool, overwrite: bool):
+        config, world = of.config, topology.world
+        self.path, self._every = of.path, of.every
+        self.recorder = Recorder(of.level, world.rank, world.size, config.n_layers, config.n_experts, config.top_k)
+        self._topology, self._job = topology, of.job
         if world.rank == 0:
-            make_way(self.path, job.trace.level, resume=resume, overwrite=overwrite)
+            make_way(self.path, of.level, resume=resume, overwrite=overwrite)
         self._clock = align_clocks(world)
         self.start = world.bcast(time.perf_counter_ns(), root=0)
-        placement = shape.layout.placement
+        placement = of.placement
         cut_layers = np.unique(placement.layer[placement.hi - placement.lo < placement.leaves]).tolist()
-        self._known = {**self.recorder.describe(), "mode": shape.layout.mode, "cut_layers": cut_layers}
+        self._known = {**self.recorder.describe(), "mode": of.mode, "cut_layers": cut_layers}
         clock = {"start": self.start, "offset": self._clock.offset, "error": self._clock.error}
-        self._writer = TraceWriter(self.path, world.rank, {**self._known, "job": job.to_json(), **clock})
+        self._writer = TraceWriter(self.path, world.rank, {**self._known, "job": of.job, **clock})
         self._next = time.monotonic() + self._every
 
     def __call__(self) -> bool:
@@ -66,7 +94,7 @@ class Tracer:
         parts, begin, end = zip(*ranks, strict=True)
         merge_trace(
             self.path,
-            self._job.to_json(),
+            self._job,
             sources or {},
             between(self.start, measured_clocks(begin), measured_clocks(end)),
             self._topology.describe(),

@@ -6,8 +6,12 @@ before the clock starts; attention is left out.
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,6 +34,8 @@ from moempi.model.network import product_shapes
 from moempi.planning.placement import place
 from moempi.prepare import DTYPES
 from moempi.recorder import Recorder
+from moempi.stages import COMBINE, PREFILL, STEP
+from moempi.tracing import Traced, Tracer
 
 PIECE = 2**28  # most bytes of a message
 STALL = 120.0  # s
@@ -106,14 +112,21 @@ class CpuLayers:
         self.engine.run([self._take(m) for m in range(len(self.x))])
 
     async def _take(self, m: int) -> None:
-        route, owners = self.routes[m], np.zeros_like(self.positions)
-        for _ in range(self.passes):
-            x = self.x[m]
+        route, owners, recorder = self.routes[m], np.zeros_like(self.positions), self.engine.recorder
+        load = np.bincount(route.experts.numpy().ravel(), minlength=self.shape.experts)
+        for number in range(self.passes):
+            x, key, begun = self.x[m], (m, number, PREFILL), recorder.since
             for layer, table in self.tables.items():
                 covers = table.choose_covers(route.experts.numpy(), owners, self.positions)
+                recorder.routed(layer, load)
+                recorder.dispatching = key
                 rows = dispatch(self.engine, None, layer, m, x, route, covers, self.most_rows)
+                begin = recorder.since
                 await rows.back
+                recorder.waited(layer, key, begin, rows.back.at, len(rows.answers), rows.back.by)
                 x = combine(x, route, rows)
+                recorder.lap(COMBINE, layer, key, len(x))
+            recorder.span(STEP, -1, key, begun, recorder.since, len(x), 0, -1)
 
     def pure(self) -> None:
         """This rank's experts on the rows that they get, and nothing else."""
@@ -150,6 +163,24 @@ def measure_layers(world: MPI.Intracomm, layers: Any, n_layers: int, rounds: int
         work: Callable[[], None] = getattr(layers, name)
         found[name] = [_time(world, work, layers.settle) / per_round for _ in range(rounds + 1)][1:]
     return found
+
+
+def trace_round(topology: Topology, layers: Any, stack: Stack, tokens: int, path: Path) -> None:
+    """One more round of the stack, with a trace of level full of it at `path`. Collective.
+
+    Args:
+        layers: a `Layers` with an engine, whose stack has been timed.
+        tokens: of a microbatch.
+    """
+    world, config = topology.world, stack.config()
+    placement = place(config, world.size, PlacementOptions(), 1)
+    job = json.dumps({"bench layer": {**asdict(stack), "tokens": tokens, "passes": layers.passes}})
+    of = Traced(path, "full", math.inf, config, placement, stack.mode, job)
+    tracer, quiet = Tracer(topology, of, resume=False, overwrite=True), layers.engine.recorder
+    layers.engine.recorder = tracer.recorder
+    _time(world, layers.stack, layers.settle)
+    layers.engine.recorder = quiet
+    tracer.finish({}, {})
 
 
 def _time(world: MPI.Intracomm, work: Callable[[], None], settle: Callable[[], None]) -> float:

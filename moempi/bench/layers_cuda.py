@@ -31,6 +31,7 @@ from moempi.exchange.host_memory import HostMemory
 from moempi.exchange.tasks import Future
 from moempi.exchange.topology import Topology
 from moempi.prepare import DTYPES
+from moempi.stages import COMBINE, PREFILL, STEP
 
 
 class CudaLayers:
@@ -111,13 +112,18 @@ class CudaLayers:
         self.engine.run([self._take(m) for m in range(len(self.x))])
 
     async def _take(self, m: int) -> None:
-        route = self.routes[m]
-        for _ in range(self.passes):
-            x = self.x[m]
-            for table in self.tables.values():
-                rows, sent = await dispatch(self.engine, table, m, x, route, self.turns, self.most_rows)
+        route, recorder = self.routes[m], self.engine.recorder
+        for number in range(self.passes):
+            x, key, begun = self.x[m], (m, number, PREFILL), recorder.since
+            for layer, table in self.tables.items():
+                rows, sent = await dispatch(self.engine, table, m, x, route, self.turns, self.most_rows, key)
+                recorder.routed(layer, table.table.load(sent.counts))
+                begin = recorder.since
                 await sent.back
+                recorder.waited(layer, key, begin, sent.back.at, sent.rows, sent.back.by)
                 x = combine(self.engine, x, route, rows)
+                recorder.lap(COMBINE, layer, key, len(x))
+            recorder.span(STEP, -1, key, begun, recorder.since, len(x), 0, -1)
 
     def pure(self) -> None:
         """This rank's experts on the rows that they get, and nothing else."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moempi.bench.layers import CpuLayers, measure_layers
+from moempi.bench.layers import CpuLayers, measure_layers, trace_round
 from moempi.bench.stack import Stack, sum_up
 from moempi.exchange.topology import Topology, look_around
 
@@ -17,21 +18,31 @@ if TYPE_CHECKING:
 
 
 def run_layers(
-    world: MPI.Intracomm, stack: Stack, tokens: Sequence[int], *, device: str, rounds: int, passes: int
+    world: MPI.Intracomm,
+    stack: Stack,
+    tokens: Sequence[int],
+    *,
+    device: str,
+    rounds: int,
+    passes: int,
+    trace: Path | None = None,
 ) -> dict[str, Any]:
     """Measure a stack; the results, whole on every rank. Collective.
 
     Args:
         tokens: of a microbatch, one measurement each.
         device: "cpu" or "cuda".
+        trace: where that of one more round goes, with the last number of tokens.
     """
     topology = look_around(world)
     found: list[dict[str, Any]] = []
     with torch.inference_mode():
         make, about = _on_gpu(topology, stack) if device == "cuda" else _on_cpu(topology, stack)
-        for each in tokens:
+        for i, each in enumerate(tokens, 1):
             layers = make(each, passes)
             times = measure_layers(world, layers, stack.layers, rounds)
+            if trace and i == len(tokens):
+                trace_round(topology, layers, stack, each, trace)
             layers.free()
             found.append(sum_up(stack, world.size, each, times))
     hosts = sorted(set(topology.hosts))

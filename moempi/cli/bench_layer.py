@@ -39,7 +39,9 @@ MANY = click.IntRange(1)
 @click.option("--rounds", type=MANY, default=5, show_default=True, help="Of which the medians count.")
 @click.option("--passes", type=MANY, default=2, show_default=True, help="Of a microbatch through all layers, in a "
               "round.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace OUT where it exists.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write the trace of one more round, of the last number "
+              "of tokens, for `moempi trace`.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace OUT and the trace where they exist.")
 @click.option("--mpirun", metavar="COMMAND", help="The mpirun that -n starts; by default the one beside this Python.")
 @click.pass_context
 def layer(
@@ -57,8 +59,10 @@ def layer(
     moempi bench layer layer.json -n 2 --device cuda --d-model 7168 --experts 2
     """
     refuse_ranks_in_ranks(ranks)
+    trace: Path | None = given["trace"]  # type: ignore[assignment]
     if mpi.launched_rank() == 0:
-        refuse_existing(out, overwrite)
+        for path in (out, trace) if trace else (out,):
+            refuse_existing(path, overwrite)
     stack, how = _stack(given)
     stack.check(str(how["device"]))
     if ranks is not None:
@@ -69,14 +73,14 @@ def layer(
     results = run_layers(world, stack, **how)  # type: ignore[arg-type]
     if world.rank == 0:
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        click.echo("\n".join([*lines(results), f"figures: {out}"]))
+        click.echo("\n".join([*lines(results), f"figures: {out}", *([f"trace: {trace}"] if trace else [])]))
     mpi.meet(world)
     return EXIT_DONE
 
 
 def _stack(given: dict[str, object]) -> tuple[Stack, dict[str, object]]:
     """What is measured, and how."""
-    how = {name: given.pop(name) for name in ("tokens", "device", "rounds", "passes")}
+    how = {name: given.pop(name) for name in ("tokens", "device", "rounds", "passes", "trace")}
     return Stack(**given), how  # type: ignore[arg-type]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from ranks import Running
 
+from moempi import analysis
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -24,7 +26,8 @@ def found(folder: Path, name: str, *options: str, ranks: int = 2) -> Any:
 
 
 def test_a_stack_beside_its_experts_alone(tmp_path: Path) -> None:
-    rows = found(tmp_path, "gpu_stack.py", "--small")["stack"]
+    rows = found(tmp_path, "gpu_stack.py", "--small", "--trace", str(tmp_path / "trace.h5"))["stack"]
+    assert analysis.load(tmp_path / "trace.h5").job["bench layer"]["tokens"] == 40
     assert [(row["tokens"], row["microbatches"], list(row["rounds"])) for row in rows] == [
         (1, 1, ["stack"]),
         (40, 3, ["stack", "pure"]),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from mpi4py import MPI
 
+from moempi import analysis
 from moempi.bench.jobs import measure_jobs, phases_of, write_together
 from moempi.bench.layers import CpuLayers, measure_layers
 from moempi.bench.run_layers import run_layers
@@ -15,6 +18,7 @@ from moempi.bench.stack import Stack
 from moempi.device.cpu import Cpu
 from moempi.exchange.topology import look_around
 from moempi.mpi import meet
+from moempi.stages import EXPERT, STAGES
 
 pytestmark = pytest.mark.mpi
 
@@ -55,6 +59,29 @@ def test_results_have_a_line_for_every_number_of_tokens(world: MPI.Intracomm, ra
         assert found["ranks"] == ranks and [one["tokens"] for one in found["results"]] == [1, 5]
         for one in found["results"]:
             assert one["ms"]["stack"] > 0 and one["of_pure"] == pytest.approx(one["ms"]["pure"] / one["ms"]["stack"])
+        part.Free()
+    meet(world)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_the_trace_has_one_round_of_the_last_number_of_tokens(
+    world: MPI.Intracomm, folder: Path, ranks: int
+) -> None:
+    ranks = min(ranks, world.size)
+    part = world.Split(0 if world.rank < ranks else MPI.UNDEFINED, world.rank)
+    path = folder / f"{ranks}.h5"
+    if part != MPI.COMM_NULL:
+        run_layers(part, STACK, (1, TOKENS), device="cpu", rounds=1, passes=PASSES, trace=path)
+        if part.rank == 0:
+            trace = analysis.load(path)
+            rows = ranks * STACK.microbatches * TOKENS * STACK.top_k * PASSES
+            assert trace.job == {"bench layer": {**asdict(STACK), "tokens": TOKENS, "passes": PASSES}}
+            assert analysis.load_per_expert(trace).sum(1).tolist() == [rows] * STACK.layers
+            spans = trace.spans
+            by_stage = Counter(STAGES[stage] for stage in spans["stage"].tolist())
+            assert by_stage["step"] == ranks * STACK.microbatches * PASSES
+            assert by_stage["wait"] == by_stage["combine"] == by_stage["step"] * STACK.layers
+            assert spans["tokens"][spans["stage"] == EXPERT].sum() == rows * STACK.layers
         part.Free()
     meet(world)
 
