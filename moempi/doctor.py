@@ -97,9 +97,10 @@ def products() -> Finding:
         import torch
 
         from moempi.device.cpu import Cpu
+        from moempi.device.seam import ProductShape
 
         device = Cpu(1)
-        device.choose_products([(1024, 1024, dtype, dtype) for dtype in (torch.float32, torch.bfloat16)])
+        device.choose_products([ProductShape(1024, 1024, dtype, dtype) for dtype in (torch.float32, torch.bfloat16)])
         processor = torch.backends.cpu.get_cpu_capability()
     except (ImportError, OSError, MoempiError) as error:
         return Finding("products", WRONG, str(error), "install a build of torch that fits this processor")

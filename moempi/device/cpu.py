@@ -160,9 +160,9 @@ class Cpu:
         """Whether an expert of so many hidden units is one kernel (`SmallExpert`)."""
         return is_small_expert(hidden, d_model)
 
-    def normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """RMS norm of x [R, D], rounded to `dtype`."""
-        return cpu_rows.normed(x, weight, eps).to(dtype)
+    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm of x [R, D], in its dtype."""
+        return cpu_rows.normed(x, weight, eps).to(x.dtype)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """[R, 2F], gate first -> [R, F]."""
@@ -181,7 +181,7 @@ class Cpu:
         Raises:
             MoempiError: no kind of product keeps a row's bits on this machine.
         """
-        computed = {(outputs, inputs, out) for outputs, inputs, _, out in shapes}
+        computed = {(shape.outputs, shape.inputs, shape.out) for shape in shapes}
         small = sorted({shape for shape in computed if is_small(*shape[:2])}, key=str)
         large = sorted(computed - set(small), key=str)
         threads = {"tiled": (1,)}

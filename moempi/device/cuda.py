@@ -111,7 +111,8 @@ class Cuda:
             if not row_is_independent(shape, self.device):
                 raise MoempiError(
                     f"the self-test failed: on {self.model} with torch {torch.__version__} a row's bits depend on its "
-                    f"neighbours in products of {shape[1]} inputs and {shape[0]} outputs; model.mode = 'fast' works"
+                    f"neighbours in products of {shape.inputs} inputs and {shape.outputs} outputs; model.mode = "
+                    "'fast' works"
                 )
         # What the tests took would not fit what comes.
         torch.cuda.empty_cache()
@@ -128,9 +129,9 @@ class Cuda:
         """A tensor on this GPU, to stay."""
         return tensor.to(self.device)
 
-    def normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """RMS norm of x [..., D], rounded to `dtype`."""
-        return cuda_rows.rms_norm(x, weight, eps, dtype)
+    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm of x [R, D]."""
+        return cuda_rows.rms_norm(x, weight, eps)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """[R, 2F], gate first -> [R, F]."""
@@ -144,8 +145,8 @@ class Cuda:
 @lru_cache(maxsize=256)
 def row_is_independent(shape: ProductShape, device: torch.device) -> bool:
     """Whether rows keep their bits over row counts, places and tiles."""
-    outputs, inputs, dtype, out = shape
-    x, weight = telling_product((outputs, inputs, dtype), SELF_TEST_ROWS[-1], device)
+    dtype, out = shape.dtype, shape.out
+    x, weight = telling_product(shape[:3], SELF_TEST_ROWS[-1], device)
     expected = product(x, weight, out=out)
     for n in SELF_TEST_ROWS:
         lo = min(n, len(x) - n)  # another place in the batch than among all; a row alone is one that cancels

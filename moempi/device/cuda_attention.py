@@ -90,6 +90,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, plan: TilePlan) -> Ten
     Returns:
         [T, heads * head_dim] in the cache's dtype.
     """
+    assert queries.dtype == keys.dtype == values.dtype, "the kernel reads all of them as the cache's"
     n_tokens, n_heads, head_dim = queries.shape
     n_kv_heads, width = keys.shape[1], keys.shape[2]
     out = torch.empty(n_tokens, n_heads * head_dim, dtype=keys.dtype, device=keys.device)

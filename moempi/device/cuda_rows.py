@@ -1,8 +1,8 @@
 """Row kernels on the GPU, written for CuPy: what torch would do in several passes over memory, or not row by row.
 
-Every kernel computes a row (or a token) by itself, in an order that depends on the row's own length alone: exact mode
-stands on that. Torch's reductions do not have it; they split a row by how many rows there are. All kernels are
-compiled once per process and kept on disk by CuPy. They run on torch's current stream.
+Every kernel computes a row (or a token) by itself, in an order that follows from the row's length and dtype alone:
+exact mode stands on that. Torch's reductions do not have it; they split a row by how many rows there are. All kernels
+are compiled once per process and kept on disk by CuPy. They run on torch's current stream.
 """
 
 from __future__ import annotations
@@ -24,16 +24,15 @@ _NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}
 _WIDE = 16  # bytes that a thread moves at once, where rows are aligned to them
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """x [..., D], weight [D] float32 -> [..., D] in `dtype`."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [R, D], weight [D] float32 -> [R, D] in the dtype of x."""
     x = x.contiguous()
-    out = torch.empty(x.shape, dtype=dtype, device=x.device)
-    d = x.shape[-1]
-    rows = x.numel() // d
+    out = torch.empty_like(x)
+    rows, d = x.shape
     if rows:
-        wide = _whole_packs(d, x, weight)
+        wide = _whole_packs(d, _WIDE // x.itemsize, x, weight)
         values = [x.data_ptr(), weight.data_ptr(), out.data_ptr(), d, float_bits(eps)]
-        _kernel(f"rms_norm<{_NAMES[x.dtype]}, {_NAMES[dtype]}, {wide}>", 5)(rows, _threads(d // wide), values)
+        _kernel(f"rms_norm<{_NAMES[x.dtype]}, {wide}>", 5)(rows, _threads(d // wide), values)
     return out
 
 
@@ -41,7 +40,7 @@ def add_norm(residual: Tensor, rows: Tensor, weight: Tensor, eps: float, total: 
     """Residual plus rows, both [T, D], into `total` [T, D], and its RMS norm into `normed` [T, D]; all of one dtype."""
     n, d = rows.shape
     if n:
-        wide = _whole_packs(d, residual, rows, weight, total, normed)
+        wide = _whole_packs(d, _WIDE // rows.itemsize, residual, rows, weight, total, normed)
         tensors = [t.data_ptr() for t in (residual, rows, weight, total, normed)]
         values = [*tensors, d, float_bits(eps)]
         _kernel(f"add_norm<{_NAMES[rows.dtype]}, {wide}>", 7)(n, _threads(d // wide), values)
@@ -73,10 +72,11 @@ def turn_heads(
     kv_heads, page, width = values.shape[1:]
     heads = norm.shape[0] - kv_heads
     queries = torch.empty(n, heads, dim, dtype=rows.dtype, device=rows.device)
+    assert rows.dtype == keys.dtype == values.dtype, "heads lie in the cache as they come"
     if n:
-        where = plan.positions, plan.write_pages, plan.write_offsets
-        tensors = rows, norm, *tables, *where, queries, keys, values
-        wide = min(4, _whole_packs(dim // 2, *tensors))  # with more, the values of a thread fill its registers
+        # With more at once than four, the values of a thread fill its registers.
+        wide = _whole_packs(dim // 2, 4, rows, norm, *tables, queries, keys, values)
+        tensors = rows, norm, *tables, plan.positions, plan.write_pages, plan.write_offsets, queries, keys, values
         lanes = min(32, 1 << (dim // 2 // wide - 1).bit_length())  # for each head
         together = 32 // lanes
         blocks = -(-n // TOKENS) * (-(-heads // together) + 2 * -(-kv_heads // together))
@@ -189,7 +189,7 @@ def sort_pairs(
     counts: Tensor,
     places: Tensor,
     headers: Headers | None = None,
-    pairs: Tensor | None = None,
+    tokens: Tensor | None = None,
 ) -> None:
     """Sort the pairs (token, k) by cover, keeping their order within one; replicas take turns by (turn + layer).
 
@@ -201,11 +201,11 @@ def sort_pairs(
         counts: [covers] int64, on the GPU or in pinned memory of the host: gets the pairs of every cover.
         places: [T, K] int32: gets where each pair is among them, the rows of headers counted; -1 of padding.
         headers: where rows leave with them.
-        pairs: [T * K] int32: gets the pairs by ascending cover, where they are asked for and there are no headers.
+        tokens: [T * K] int32: gets the token of every pair by ascending cover, where there are no headers.
     """
     n, (_, top_k) = experts.numel(), experts.shape
     inputs = experts.data_ptr(), turns.data_ptr(), cover_of.data_ptr(), n_replicas.data_ptr()
-    outputs = 0 if pairs is None else pairs.data_ptr(), places.data_ptr(), counts.data_ptr()
+    outputs = 0 if tokens is None else tokens.data_ptr(), places.data_ptr(), counts.data_ptr()
     about_headers = (headers.table.data_ptr(), headers.packed, headers.row) if headers else (0, 0, 0)
     values = [*inputs, *outputs, n, top_k, cover_of.shape[1], layer, *about_headers]
     _kernel("sort_pairs", 14)(counts.shape[0], 1024, values)
@@ -270,8 +270,7 @@ def _module() -> cupy.RawModule:
     names = ["choose", "sort_pairs", "row_tables", "greedy"]
     for wide_float, wide_bf16 in ((4, 8), (1, 1)):
         wide = {"float": wide_float, "bf16": wide_bf16}
-        names += [f"rms_norm<{a}, {b}, {wide[a]}>" for a in types for b in types]
-        by_dtype = "add_norm", "swiglu", "gather", "scatter"
+        by_dtype = "rms_norm", "add_norm", "swiglu", "gather", "scatter"
         names += [f"{kernel}<{t}, {wide[t]}>" for kernel in by_dtype for t in types]
         names += [f"combine<{t}, {t}, {wide[t]}>" for t in types]
         names += [f"turn_heads<{t}, {wide_float}>" for t in types]
@@ -292,13 +291,15 @@ def _wide(d: int, itemsize: int, addresses: int) -> int:
     return n if d % n == 0 and addresses % _WIDE == 0 else 1
 
 
-def _whole_packs(d: int, *rows: Tensor) -> int:
-    """Elements of rows [.., D] that a thread moves at once. They order its sums, so they follow from D and dtype."""
-    wide = _WIDE // rows[0].itemsize
-    if d % 8:
+def _whole_packs(d: int, pack: int, *tensors: Tensor) -> int:
+    """Elements that a thread moves at once: a pack where D is whole ones, else one.
+
+    They order the sums of a row, so they follow from D and its dtype: memory that does not fit is a fault.
+    """
+    if d % pack:
         return 1
-    assert all(t.data_ptr() % _WIDE == 0 for t in rows), "rows of whole packs begin with one"
-    return wide
+    assert all(t.data_ptr() % _WIDE == 0 for t in tensors), "rows of whole packs begin with one"
+    return pack
 
 
 def _threads(chunks: int) -> int:

@@ -25,7 +25,7 @@ template <> __device__ inline bf16 narrow<bf16>(float x) {
 
 template <class T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
 
-// Packs are moved by words of up to 16 bytes. A plain store is taken apart into its values where they are computed.
+// Packs are moved in words of up to 16 bytes: compilers split a plain store of one into a store of every value.
 template <int BYTES> struct Word;
 template <> struct Word<2> { typedef unsigned short type; };
 template <> struct Word<4> { typedef unsigned type; };
@@ -67,7 +67,7 @@ __device__ inline float block_sum(float x) {
   return x;
 }
 
-// A row [D] by its root mean square, N values of it by a thread at a time: the order of the sum follows from D alone.
+// A row [D] by its root mean square, N values of it by a thread at a time: the order of the sum follows from D and N.
 // `take` gives the values that begin at a place, once for each; from `again` those come that a thread cannot keep.
 template <class T, int N, class Take, class Put>
 __device__ inline void norm_row(Take take, const T* again, const float* weight, Put put, integer d, float eps) {
@@ -94,18 +94,18 @@ __device__ inline void norm_row(Take take, const T* again, const float* weight, 
   for (integer i = first + N_KEPT * step; i < d; i += step) scale(i, load<T, N>(again + i));
 }
 
-template <class O, int N> __device__ inline Pack<O, N> narrow_all(const Pack<float, N>& x) {
-  Pack<O, N> y;
-  for (int j = 0; j < N; ++j) y.at[j] = narrow<O>(x.at[j]);
+template <class T, int N> __device__ inline Pack<T, N> narrow_all(const Pack<float, N>& x) {
+  Pack<T, N> y;
+  for (int j = 0; j < N; ++j) y.at[j] = narrow<T>(x.at[j]);
   return y;
 }
 
-template <class T, class O, int N>
-__global__ void rms_norm(const T* x, const float* weight, O* out, integer d, float eps) {
+template <class T, int N>
+__global__ void rms_norm(const T* x, const float* weight, T* out, integer d, float eps) {
   const T* row = x + blockIdx.x * d;
-  O* to = out + blockIdx.x * d;
+  T* to = out + blockIdx.x * d;
   norm_row<T, N>([=](integer i) { return load<T, N>(row + i); }, row, weight,
-                 [=](integer i, const Pack<float, N>& y) { store<O, N>(to + i, narrow_all<O, N>(y)); }, d, eps);
+                 [=](integer i, const Pack<float, N>& y) { store<T, N>(to + i, narrow_all<T, N>(y)); }, d, eps);
 }
 
 // Residual and the rows that are added to it, [T, D]; then the RMS norm of their sum, as `rms_norm` has it.
@@ -125,6 +125,33 @@ __global__ void add_norm(const T* residual, const T* rows, const float* weight, 
                  [=](integer i, const Pack<float, N>& y) { store<T, N>(to + i, narrow_all<T, N>(y)); }, d, eps);
 }
 
+// A head by its root mean square and turned by its position; so many lanes have it, all of a warp come here. `put` gets
+// N values of its lower half and those that they are turned with.
+template <class T, int N, class Put>
+__device__ inline void turn_head(const T* head, const float* weight, const float* cosines, const float* sines, Put put,
+                                 int half, int lane, int lanes, float eps) {
+  float squares = 0.0f;
+  for (int low = N * lane; low < half; low += N * lanes) {
+    const Pack<T, N> x = load<T, N>(head + low), y = load<T, N>(head + low + half);
+    for (int j = 0; j < N; ++j) squares = squares + (wide(x.at[j]) * wide(x.at[j]) + wide(y.at[j]) * wide(y.at[j]));
+  }
+  for (int step = lanes / 2; step; step /= 2) squares = squares + __shfl_xor_sync(0xffffffffu, squares, step);
+  const float factor = rsqrtf(squares / (2 * half) + eps);
+  for (int low = N * lane; low < half; low += N * lanes) {
+    const Pack<T, N> a = load<T, N>(head + low), b = load<T, N>(head + low + half);
+    const Pack<float, N> w_low = load<float, N>(weight + low), w_high = load<float, N>(weight + low + half);
+    const Pack<float, N> c_low = load<float, N>(cosines + low), c_high = load<float, N>(cosines + low + half);
+    const Pack<float, N> s_low = load<float, N>(sines + low), s_high = load<float, N>(sines + low + half);
+    Pack<float, N> to_low, to_high;
+    for (int j = 0; j < N; ++j) {
+      const float x = wide(a.at[j]) * factor * w_low.at[j], y = wide(b.at[j]) * factor * w_high.at[j];
+      to_low.at[j] = x * c_low.at[j] + y * s_low.at[j];
+      to_high.at[j] = y * c_high.at[j] + x * s_high.at[j];
+    }
+    put(low, to_low, to_high);
+  }
+}
+
 // A block has N_TOKENS tokens, a warp each, and of their queries, keys or values as many heads as a warp holds with so
 // many lanes for each. Queries and keys are normed and turned, queries scaled. Keys lie position beside position in the
 // cache: they are written so, out of what the block has of them.
@@ -134,7 +161,7 @@ turn_heads(const T* rows, const float* norm, const float* cosines, const float* 
            const integer* pages, const integer* offsets, T* queries, T* keys, T* values, integer tokens, integer heads,
            integer kv_heads, integer dim, integer width, integer page_size, integer lanes, float eps, float scale) {
   extern __shared__ float turned[];  // [heads, dim, N_TOKENS + 1], of keys
-  // Of 32 bits: what is divided takes long.
+  // In 32 bits: a division in 64 takes long.
   const int q_heads = static_cast<int>(heads), kv = static_cast<int>(kv_heads), d = static_cast<int>(dim), half = d / 2;
   const int each = static_cast<int>(lanes), together = 32 / each;
   const int of_queries = (q_heads + together - 1) / together, of_keys = (kv + together - 1) / together;
@@ -143,51 +170,31 @@ turn_heads(const T* rows, const float* norm, const float* cosines, const float* 
   const int kind = part < of_queries ? 0 : part < of_queries + of_keys ? 1 : 2;  // queries, keys, values
   const int first_head = (part - (kind > 0) * of_queries - (kind > 1) * of_keys) * together;
   const int mine = threadIdx.x % 32 / each, head = first_head + mine, lane = threadIdx.x % each;
-  const int all_head = (kind > 0) * q_heads + (kind > 1) * kv + head;  // among those of a token
+  const int among_all = (kind > 0) * q_heads + (kind > 1) * kv + head;
   const int n = min(static_cast<int>(tokens) - first, N_TOKENS), warp = threadIdx.x / 32;
   const bool there = warp < n && head < (kind ? kv : q_heads);
   const integer t = first + warp;
-  const T* row = rows + (t * (q_heads + 2 * kv) + all_head) * d;
+  const T* row = rows + (t * (q_heads + 2 * kv) + among_all) * d;
   if (kind == 2) {
-    if (!there) return;
-    T* to = values + ((pages[t] * kv + head) * page_size + offsets[t]) * width;
-    for (int i = N * lane; i < d; i += N * each) store<T, N>(to + i, load<T, N>(row + i));
+    T* to = there ? values + ((pages[t] * kv + head) * page_size + offsets[t]) * width : nullptr;
+    for (int i = N * lane; there && i < d; i += N * each) store<T, N>(to + i, load<T, N>(row + i));
     return;
   }
-  const int end = there ? half : 0;
-  const integer angle = there ? positions[t] * d : 0;
-  float squares = 0.0f;
-  for (int low = N * lane; low < end; low += N * each) {
-    const Pack<T, N> x = load<T, N>(row + low), y = load<T, N>(row + low + half);
-    for (int j = 0; j < N; ++j) squares = squares + (wide(x.at[j]) * wide(x.at[j]) + wide(y.at[j]) * wide(y.at[j]));
-  }
-  for (int step = each / 2; step; step /= 2) squares = squares + __shfl_xor_sync(0xffffffffu, squares, step);
-  const float factor = rsqrtf(squares / d + eps);
-  const float* weights = norm + all_head * d;
-  for (int low = N * lane; low < end; low += N * each) {
-    const Pack<T, N> a = load<T, N>(row + low), b = load<T, N>(row + low + half);
-    const Pack<float, N> w_low = load<float, N>(weights + low), w_high = load<float, N>(weights + low + half);
-    const float *c = cosines + angle + low, *s = sines + angle + low;
-    const Pack<float, N> c_low = load<float, N>(c), c_high = load<float, N>(c + half);
-    const Pack<float, N> s_low = load<float, N>(s), s_high = load<float, N>(s + half);
-    Pack<float, N> to_low, to_high;
-    for (int j = 0; j < N; ++j) {
-      const float x = wide(a.at[j]) * factor * w_low.at[j], y = wide(b.at[j]) * factor * w_high.at[j];
-      to_low.at[j] = x * c_low.at[j] + y * s_low.at[j];
-      to_high.at[j] = y * c_high.at[j] + x * s_high.at[j];
-    }
+  auto put = [&](int low, Pack<float, N>& x, Pack<float, N>& y) {
     if (kind == 0) {
-      for (int j = 0; j < N; ++j) { to_low.at[j] = to_low.at[j] * scale; to_high.at[j] = to_high.at[j] * scale; }
+      for (int j = 0; j < N; ++j) { x.at[j] = x.at[j] * scale; y.at[j] = y.at[j] * scale; }
       T* to = queries + (t * q_heads + head) * d + low;
-      store<T, N>(to, narrow_all<T, N>(to_low));
-      store<T, N>(to + half, narrow_all<T, N>(to_high));
-      continue;
+      store<T, N>(to, narrow_all<T, N>(x));
+      store<T, N>(to + half, narrow_all<T, N>(y));
+      return;
     }
     for (int j = 0; j < N; ++j) {
-      turned[(mine * d + low + j) * (N_TOKENS + 1) + warp] = to_low.at[j];
-      turned[(mine * d + low + half + j) * (N_TOKENS + 1) + warp] = to_high.at[j];
+      turned[(mine * d + low + j) * (N_TOKENS + 1) + warp] = x.at[j];
+      turned[(mine * d + low + half + j) * (N_TOKENS + 1) + warp] = y.at[j];
     }
-  }
+  };
+  const integer angle = there ? positions[t] * d : 0;
+  turn_head<T, N>(row, norm + among_all * d, cosines + angle, sines + angle, put, there ? half : 0, lane, each, eps);
   if (kind == 0) return;
   __syncthreads();
   const int here = min(together, kv - first_head) * d, j = threadIdx.x % N_TOKENS;
@@ -211,7 +218,7 @@ __global__ void swiglu(const T* gate_up, T* out, integer f) {
 }
 
 // One block of 1024 threads per row.
-__global__ void greedy(const float* logits, integer* tokens, float* logprobs, integer vocab) {
+__global__ void __launch_bounds__(1024, 1) greedy(const float* logits, integer* tokens, float* logprobs, integer vocab) {
   __shared__ float peaks[32];
   __shared__ integer ids[32];
   const float* row = logits + blockIdx.x * vocab;

@@ -50,9 +50,10 @@ struct Header { int first, rows, bytes; };
 
 // One block of 1024 threads per cover: it counts the pairs of smaller covers, then places its own in their order. A
 // warp has pairs that lie behind each other.
-__global__ void sort_pairs(const int* experts, const integer* turns, const int* cover_of, const int* n_replicas,
-                           int* pairs, int* places, integer* counts, integer n, integer top_k, integer most,
-                           integer layer, const Header* headers, char* packed, integer row) {
+__global__ void __launch_bounds__(1024, 1)
+sort_pairs(const int* experts, const integer* turns, const int* cover_of, const int* n_replicas, int* tokens,
+           int* places, integer* counts, integer n, integer top_k, integer most, integer layer, const Header* headers,
+           char* packed, integer row) {
   __shared__ int less[32], same[32], ahead[32];
   const Header header = headers ? headers[blockIdx.x] : Header{0, 0, 0};
   const int mine = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, k = static_cast<int>(top_k);
@@ -94,7 +95,7 @@ __global__ void sort_pairs(const int* experts, const integer* turns, const int* 
     const unsigned votes = __ballot_sync(0xffffffffu, here);
     if (here) {
       const int at = place + __popc(votes & ((1u << lane) - 1u));
-      if (pairs) pairs[at] = i + lane;
+      if (tokens) tokens[at] = (i + lane) / k;
       places[i + lane] = at;
     }
     place += __popc(votes);

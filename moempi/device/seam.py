@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +11,14 @@ from torch import Tensor
 from moempi.model.gate import Route
 from moempi.planning.gpu_memory import Use
 
-# Of a product: outputs O, inputs I, dtype of rows and weight, dtype of what comes out.
-ProductShape = tuple[int, int, torch.dtype, torch.dtype]
+
+class ProductShape(NamedTuple):
+    """Of a kind of product."""
+
+    outputs: int  # O
+    inputs: int  # I
+    dtype: torch.dtype  # of rows and weight
+    out: torch.dtype  # of what comes out
 
 
 class Product(Protocol):
@@ -22,7 +28,7 @@ class Product(Protocol):
     dtype: torch.dtype  # of the weight that it holds
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """[R, I] -> [R, O], for any R including 0; `residual` [R, O] is added to it."""
+        """[R, I] -> [R, O], in `out` of `Device.linear`, for any R including 0; `residual` [R, O] is added to it."""
 
 
 class Device(Protocol):
@@ -56,8 +62,8 @@ class Device(Protocol):
     def place(self, tensor: Tensor) -> Tensor:
         """A tensor on this device, to stay."""
 
-    def normed(self, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        """RMS norm of x [..., D], rounded to `dtype`."""
+    def normed(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """RMS norm of x [R, D], in its dtype."""
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         """[R, 2F], gate first -> [R, F]."""

@@ -74,7 +74,12 @@ class CudaRows(NamedTuple):
         answers = self.answers.tensor()
         if not self.table.cut:
             return answers
-        return torch.cat([self._whole(answers, slots).to(self.dtype) for slots in self.table.covers])
+        whole, begin = torch.empty(self.places.numel(), answers.shape[1], dtype=self.dtype, device=answers.device), 0
+        for slots in self.table.covers:
+            part = self._whole(answers, slots)
+            whole[begin : begin + len(part)] = part
+            begin += len(part)
+        return whole
 
     def _whole(self, answers: Tensor, slots: tuple[int, ...]) -> Tensor:
         """The sum of a cover's parts, in the order of the tree over all leaves."""
@@ -112,20 +117,20 @@ async def dispatch(
         most_rows: rows of a message, above which it is sent in pieces.
         key: of the step, for the trace.
     """
-    table, top_k = on_gpu.table, route.experts.shape[1]
+    table = on_gpu.table
     # The kernel writes the counts into memory of the host: there is nothing to copy.
     landing = engine.counts(microbatch, len(table.covers))
     replicas = on_gpu.cover_of, on_gpu.n_replicas
     places = torch.empty_like(route.experts)
-    pairs = torch.empty_like(route.experts).view(-1) if table.cut else None
-    cuda_rows.sort_pairs(route.experts, turns, *replicas, table.layer, landing, places, pairs=pairs)
-    if pairs is None:
+    tokens = torch.empty_like(route.experts).view(-1) if table.cut else None
+    cuda_rows.sort_pairs(route.experts, turns, *replicas, table.layer, landing, places, tokens=tokens)
+    if tokens is None:
         # The number of rows is known: they are packed before the host knows where they go.
         rows, answers, block = await _reserve(engine, places.numel(), hidden.shape[1], table)
         cuda_rows.scatter(hidden, places, rows.address)
     counts = await engine.counted(microbatch, len(table.covers))
-    if pairs is not None:
-        by_slot = _by_slot(pairs // top_k, counts, on_gpu)
+    if tokens is not None:
+        by_slot = _by_slot(tokens, counts, on_gpu)
         rows, answers, block = await _reserve(engine, by_slot.shape[0], hidden.shape[1], table)
         cuda_rows.gather(hidden, by_slot, rows.address)
         await engine.passed()

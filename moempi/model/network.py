@@ -56,8 +56,8 @@ class Layer:
         return self.device.choose_experts(self.gate(hidden), self.config.top_k, self.config.normalize_gate)
 
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """RMS norm of x [R, D], rounded to the model's dtype."""
-        return self.device.normed(x, weight, self.config.norm_eps, self.dtype)
+        """RMS norm of x [R, D]."""
+        return self.device.normed(x, weight, self.config.norm_eps)
 
 
 class Network:
@@ -89,22 +89,24 @@ class Network:
 
     def logits(self, x: Tensor) -> Tensor:
         """Rows [R, D] -> next-token scores [R, vocab] float32."""
-        return self.head(self.device.normed(x, self.norm, self.config.norm_eps, self.dtype)).float()
+        return self.head(self.device.normed(x, self.norm, self.config.norm_eps)).float()
 
 
 def product_shapes(config: ModelConfig, dtype: torch.dtype, leaves: int) -> list[ProductShape]:
     """Of every product in the model, for the self-test of the device."""
     c, d = config, config.d_model
-    shapes = [
-        ((c.n_heads + 2 * c.n_kv_heads) * c.head_dim, d, dtype, dtype),
-        (d, c.n_heads * c.head_dim, dtype, dtype),
-        (c.vocab, d, dtype, dtype),
+    found = [
+        ((c.n_heads + 2 * c.n_kv_heads) * c.head_dim, d, dtype),
+        (d, c.n_heads * c.head_dim, dtype),
+        (c.vocab, d, dtype),
     ]
     if c.dense_layers:
-        shapes += [(2 * c.dense_hidden, d, dtype, dtype), (d, c.dense_hidden, dtype, dtype)]
+        found += [(2 * c.dense_hidden, d, dtype), (d, c.dense_hidden, dtype)]
+    shapes = [ProductShape(*one, one[-1]) for one in found]
     if c.moe_layers:
-        shapes.append((c.n_experts, d, dtype, torch.float32))
+        shapes.append(ProductShape(c.n_experts, d, dtype, torch.float32))
         widths = {b - a for a, b in (leaf_range(leaf, leaves, c.expert_hidden) for leaf in range(leaves))}
         outward = dtype if leaves == 1 else torch.float32
-        shapes += [shape for w in widths for shape in ((2 * w, d, dtype, dtype), (d, w, outward, outward))]
+        for w in widths:
+            shapes += [ProductShape(2 * w, d, dtype, dtype), ProductShape(d, w, outward, outward)]
     return shapes

@@ -114,7 +114,7 @@ def _header_bytes(config: ModelConfig) -> int:
 def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
     """Bytes per token of the widest stage, with the rows that it makes."""
     d, queries = config.d_model, config.n_heads * config.head_dim
-    # Projections, queries that are turned, and what they attend to.
+    # Projections, queries that are turned, and what attention mixes.
     attention = (3 * queries + 2 * config.n_kv_heads * config.head_dim) * dtype_bytes
     dense = 3 * config.dense_hidden * dtype_bytes if config.dense_layers else 0
     gate = config.n_experts * _FLOAT32 if config.moe_layers else 0
@@ -122,8 +122,8 @@ def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
 
 
 def _routes(config: ModelConfig) -> int:
-    """Bytes per token of what graphs keep of routes: experts, weights and order, of every layer and shape."""
-    return GRAPH_SHAPES * len(config.moe_layers) * config.top_k * 3 * _FLOAT32
+    """Bytes per token of routes: experts and weights of every layer and shape, places and weights of the step."""
+    return (GRAPH_SHAPES * len(config.moe_layers) + 1) * config.top_k * 2 * _FLOAT32
 
 
 def room_of(rows: int) -> int:

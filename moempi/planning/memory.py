@@ -84,7 +84,7 @@ def plan_memory(
         gpu: it is the memory of GPUs.
         trace_bytes: as of `trace_bytes`.
     """
-    shared = shared_bytes(config, dtype_bytes, packed_head)
+    shared = shared_bytes(config, dtype_bytes, packed_head, gpu=gpu)
     kv = kv_bytes(config, dtype_bytes, kv_tokens + PAGE * gpu)  # a GPU has a page for padding
     own = microbatches * home_message_bytes(config, dtype_bytes, max_step_tokens, placement)
     own *= 1 if relays is None else 2
@@ -134,15 +134,20 @@ def _slots_of_ranks(config: ModelConfig, dtype_bytes: int, placement: Placement)
 # ---------------------------------------------------------------- the parts
 
 
-def shared_bytes(config: ModelConfig, dtype_bytes: int, packed_head: bool = False) -> int:
-    """Embedding, head, attention, dense layers; norms and gates in float32. A tied head counts only if packed."""
+def shared_bytes(config: ModelConfig, dtype_bytes: int, packed_head: bool = False, *, gpu: bool = False) -> int:
+    """Embedding, head, attention, dense layers, gates; norms in float32. A tied head counts only if packed.
+
+    Args:
+        gpu: gates are kept in the model's dtype, not in float32.
+    """
     d, heads, head_dim = config.d_model, config.n_heads, config.head_dim
     vocab = config.vocab * d * (1 if config.tied_embeddings and not packed_head else 2)
     attention = 2 * d * (heads + config.n_kv_heads) * head_dim  # q and o, k and v
     dense = len(config.dense_layers) * 3 * d * config.dense_hidden
     norms = config.n_layers * 2 * (d + head_dim) + d
     gates = len(config.moe_layers) * config.n_experts * d
-    return (vocab + config.n_layers * attention + dense) * dtype_bytes + (norms + gates) * _FLOAT32
+    weights = (vocab + config.n_layers * attention + dense) * dtype_bytes
+    return weights + norms * _FLOAT32 + gates * (dtype_bytes if gpu else _FLOAT32)
 
 
 def slot_bytes(config: ModelConfig, dtype_bytes: int) -> int:

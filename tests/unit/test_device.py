@@ -15,11 +15,15 @@ from moempi.device.cpu import PIECE_ROWS, PRODUCTS, Cpu, Linear, padded_rows, pr
 from moempi.device.cpu_rows import SmallLinear, WideLinear, shares
 from moempi.device.kernels import blocks, compiled
 from moempi.device.kernels.compiled import Kernels, has_wide_product, kernels
+from moempi.device.seam import ProductShape
 from moempi.errors import MoempiError
 from moempi.model import config
 from moempi.model.config import is_small
 
 SHAPES = [(5, 7), (16, 128), (1, 1), (33, 17), (128, 64), (200, 65)]  # outputs, inputs
+
+WIDE = ProductShape(5, 7, torch.float32, torch.float32)
+NARROW = ProductShape(16, 8, torch.bfloat16, torch.bfloat16)
 
 
 def packs(dtype: torch.dtype) -> bool:
@@ -112,6 +116,13 @@ def test_packed_products_of_few_inputs_keep_the_bits_of_rows(inputs: int, dtype:
     assert all(row_is_independent((outputs, inputs, dtype), "pieces", (1, 2)) for outputs in (5, 14, 48, 51))
 
 
+def test_a_product_that_comes_out_wide_is_computed_so() -> None:
+    """Of a weight in bfloat16, as a gate is."""
+    weight, x = torch.randn(6, 40).bfloat16(), torch.randn(9, 40).bfloat16()
+    product = Cpu(1).linear(weight, torch.float32)
+    assert torch.equal(product(x), Cpu(1).linear(weight.float())(x.float())) and product.dtype == torch.float32
+
+
 def test_no_rows() -> None:
     assert Linear(torch.randn(3, 4))(torch.empty(0, 4)).shape == (0, 3)
 
@@ -141,9 +152,9 @@ def test_a_small_product_adds_to_the_residual_before_it_rounds(dtype: torch.dtyp
 
 def test_kernels_multiply_where_the_processor_has_their_instructions(no_small_ones: None) -> None:
     device = Cpu(1)
-    device.choose_products([(5, 7, torch.float32, torch.float32)])
+    device.choose_products([WIDE])
     assert (device.products == "kernels") == has_wide_product(False)
-    device.choose_products([(5, 7, torch.float32, torch.float32), (16, 8, torch.bfloat16, torch.bfloat16)])
+    device.choose_products([WIDE, NARROW])
     assert (device.products == "kernels") == (has_wide_product(False) and has_wide_product(True))
 
 
@@ -178,9 +189,9 @@ def test_shares_of_threads_are_all_panels() -> None:
 
 def test_packed_products_are_chosen_where_they_hold(no_small_ones: None, no_wide_ones: None) -> None:
     device = Cpu(1)
-    device.choose_products([(5, 7, torch.float32, torch.float32)])
+    device.choose_products([WIDE])
     assert device.products == "packed"
-    device.choose_products([(5, 7, torch.float32, torch.float32), (16, 8, torch.bfloat16, torch.bfloat16)])
+    device.choose_products([WIDE, NARROW])
     # With AMX two rows of bfloat16 may have other bits than many.
     assert device.products in (("packed", "pieces") if packs(torch.bfloat16) else ("tiled",))
 
@@ -194,7 +205,7 @@ def test_pieces_where_long_batches_change_bits(
     monkeypatch.setattr(cpu, "_pack", lambda weight: weight)
     monkeypatch.setattr(cpu, "_packed_product", dependent)
     device = Cpu(2)
-    device.choose_products([(5, 7, torch.float32, torch.float32)])
+    device.choose_products([WIDE])
     assert device.products == "pieces" and device.threads == 2
     product, x = device.linear(torch.randn(5, 7)), torch.randn(3 * PIECE_ROWS + 1, 7)
     assert torch.equal(product(x), torch.cat([product(row.unsqueeze(0)) for row in x]))
@@ -230,7 +241,7 @@ def test_tiles_on_one_thread_where_packed_products_fail(
         monkeypatch.setattr(cpu, "_pack", lambda weight: weight)
         monkeypatch.setattr(cpu, "_packed_product", dependent)
     device = Cpu(2)
-    device.choose_products([(5, 7, torch.float32, torch.float32)])
+    device.choose_products([WIDE])
     assert device.products == "tiled" and device.threads == 1 and torch.get_num_threads() == 1
     assert device.linear(torch.randn(5, 7)).kind == "tiled"
 
@@ -238,7 +249,7 @@ def test_tiles_on_one_thread_where_packed_products_fail(
 def test_no_exact_mode_where_both_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "row_is_independent", lambda shape, kind, threads: False)
     with pytest.raises(MoempiError, match="self-test failed"):
-        Cpu(1).choose_products([(5, 7, torch.float32, torch.float32)])
+        Cpu(1).choose_products([WIDE])
 
 
 def test_numba_is_not_loaded_where_kernels_are_kept() -> None:

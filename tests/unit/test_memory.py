@@ -58,6 +58,7 @@ def test_a_tied_head_counts_once_and_its_packed_copy_when_asked() -> None:
     assert memory.shared_bytes(TIED, 2) == SHARED - 50 * 8 * 2
     assert memory.shared_bytes(TIED, 2, packed_head=True) == SHARED
     assert memory.shared_bytes(SMALL, 2, packed_head=True) == SHARED
+    assert memory.shared_bytes(SMALL, 2, gpu=True) == SHARED - 80 * 2
 
 
 def test_plan_of_every_rank() -> None:
@@ -344,9 +345,9 @@ def test_activations_on_a_gpu_by_hand() -> None:
     call = (40 + 512) * (3 * 12 * 2 + 32)
     logits = 3 * 50 * (2 + 4)
     tables = 2 * 64 * 6 * 4
-    # Steady steps: 16 rows of each microbatch, three of its own, a stage, and the routes of 12 shapes and 2 layers:
-    # an expert, a weight and a place in the order of every pair.
-    steady = 2 * 16 * (3 * 8 * 2 + stage + 12 * 2 * 2 * 12)
+    # Steady steps: 16 rows of each microbatch, three of its own, a stage, and of every pair of the routes of 12 shapes
+    # and 2 layers an expert and a weight, and once a place and a weight.
+    steady = 2 * 16 * (3 * 8 * 2 + stage + (12 * 2 + 1) * 2 * 8)
     assert steps == resident + 10 * stage + steady + call + logits + tables + 48 * 2**20
 
 

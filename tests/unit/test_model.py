@@ -7,6 +7,7 @@ import torch
 from heads import turn
 
 from moempi.device.cpu import Cpu
+from moempi.device.seam import ProductShape
 from moempi.errors import DataError, MoempiError
 from moempi.model.config import config_from_hf
 from moempi.model.expert import Expert, leaf_range, tree_sum
@@ -109,7 +110,8 @@ def test_pieces_of_an_expert_add_up_to_the_bits_of_the_whole(hidden: int, leaves
     gate_up, down = random(2 * hidden, d_model).to(dtype), random(d_model, hidden, seed=1).to(dtype)
     x = random(9, d_model, seed=2).to(dtype)
     # Tiled where this processor has no packed products of the type.
-    device.choose_products([(2 * hidden, d_model, dtype, dtype), (d_model, hidden, dtype, dtype)])
+    shapes = (2 * hidden, d_model), (d_model, hidden)
+    device.choose_products(ProductShape(*shape, dtype, dtype) for shape in shapes)
     whole = Expert(device, gate_up, down, 0, leaves, leaves, hidden)(x)
 
     def piece(lo: int, hi: int) -> torch.Tensor:

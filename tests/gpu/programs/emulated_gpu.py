@@ -76,7 +76,7 @@ def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rms_norm(blocks: int, kinds: Any, x: int, weight: int, out: int, d: int, eps: int) -> None:
     rows, scale = at(x, (blocks, d), kinds[0]), at(weight, (d,), torch.float32)
-    at(out, (blocks, d), kinds[1]).copy_(normed(rows, scale, float_of(eps)))
+    at(out, (blocks, d), kinds[0]).copy_(normed(rows, scale, float_of(eps)))
 
 
 def add_norm(blocks: int, kinds: Any, a: int, b: int, weight: int, total: int, norm: int, d: int, eps: int) -> None:
@@ -142,7 +142,7 @@ def choose(blocks: int, kinds: Any, logits: int, experts: int, weights: int, t: 
 
 
 def sort_pairs(
-    blocks: int, kinds: Any, experts: int, turns: int, cover_of: int, replicas: int, pairs: int, places: int,
+    blocks: int, kinds: Any, experts: int, turns: int, cover_of: int, replicas: int, tokens: int, places: int,
     counts: int, n: int, top_k: int, most: int, layer: int, headers: int, packed: int, row: int,
 ) -> None:  # fmt: skip
     chosen, turn = at(experts, (n,), torch.int32).long(), at(turns, (n // top_k,), torch.int64)
@@ -161,8 +161,8 @@ def sort_pairs(
     of, begin = of_covers.tolist(), of_covers.cumsum(0) - of_covers
     for place, pair in enumerate(order[:real].tolist()):
         into[pair] = place + ahead[covers[pair]][1]
-        if pairs:
-            at(pairs + 4 * int(into[pair]), (1,), torch.int32).fill_(pair)
+        if tokens:
+            at(tokens + 4 * int(into[pair]), (1,), torch.int32).fill_(pair // top_k)
     for cover, (first, rows, nbytes) in enumerate(ahead):
         if nbytes:
             header = packed + (int(begin[first]) + rows) * row - nbytes
