@@ -218,7 +218,8 @@ __global__ void swiglu(const T* gate_up, T* out, integer f) {
 }
 
 // One block of 1024 threads per row.
-__global__ void __launch_bounds__(1024, 1) greedy(const float* logits, integer* tokens, float* logprobs, integer vocab) {
+__global__ void __launch_bounds__(1024, 1)
+greedy(const float* logits, integer* tokens, float* logprobs, integer vocab) {
   __shared__ float peaks[32];
   __shared__ integer ids[32];
   const float* row = logits + blockIdx.x * vocab;
