@@ -165,8 +165,10 @@ def measure_layers(world: MPI.Intracomm, layers: Any, n_layers: int, rounds: int
     return found
 
 
-def trace_round(topology: Topology, layers: Any, stack: Stack, tokens: int, path: Path) -> None:
-    """One more round of the stack, with a trace of level full of it at `path`. Collective.
+def trace_round(topology: Topology, layers: Any, stack: Stack, tokens: int, path: Path) -> float:
+    """One more round of the stack, with a trace of level full of it at `path`; its ms per layer and microbatch.
+
+    Collective.
 
     Args:
         layers: a `Layers` with an engine, whose stack has been timed.
@@ -178,9 +180,10 @@ def trace_round(topology: Topology, layers: Any, stack: Stack, tokens: int, path
     of = Traced(path, "full", math.inf, config, placement, stack.mode, job)
     tracer, quiet = Tracer(topology, of, resume=False, overwrite=True), layers.engine.recorder
     layers.engine.recorder = tracer.recorder
-    _time(world, layers.stack, layers.settle)
+    seconds = _time(world, layers.stack, layers.settle)
     layers.engine.recorder = quiet
     tracer.finish({}, {})
+    return 1e3 * seconds / (stack.layers * stack.microbatches * layers.passes)
 
 
 def _time(world: MPI.Intracomm, work: Callable[[], None], settle: Callable[[], None]) -> float:

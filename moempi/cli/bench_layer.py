@@ -73,7 +73,8 @@ def layer(
     results = run_layers(world, stack, **how)  # type: ignore[arg-type]
     if world.rank == 0:
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        click.echo("\n".join([*lines(results), f"figures: {out}", *([f"trace: {trace}"] if trace else [])]))
+        told = [f"trace: {trace}, of a round with {results['traced_ms']:.3f} ms"] if trace else []
+        click.echo("\n".join([*lines(results), f"figures: {out}", *told]))
     mpi.meet(world)
     return EXIT_DONE
 
@@ -96,6 +97,7 @@ def lines(results: dict[str, Any]) -> Iterator[str]:
     names = list(results["results"][0]["ms"]) if results["results"] else []
     others = [name for name in names if name != "stack"]
     head = ["tokens", *(f"{name}, ms" for name in names), *(f"of {name}" for name in others)]
+    yield "Medians per layer and microbatch, of the slowest rank:"
     rows = [[*head, "tokens/s", "TFLOP/s a rank"]]
     for one in results["results"]:
         rows.append([str(one["tokens"]), *(f"{one['ms'][name]:.3f}" for name in names)])

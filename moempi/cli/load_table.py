@@ -46,7 +46,7 @@ def _title(rows: list[dict[str, Any]], n_experts: int) -> str:
     tokens = sorted({row["tokens"] for row in rows}) or [0]
     total = " to ".join(f"{count:,}" for count in (tokens if len(tokens) == 1 else (tokens[0], tokens[-1])))
     even = f"; even would be {100 / n_experts:.1f}" if n_experts else ""
-    return f"Load per expert in % of {total} tokens x K{even}"
+    return f"Load per expert in % of {total} rows (tokens x K){even}"
 
 
 def _bar_heading(n_experts: int) -> str:

@@ -32,7 +32,8 @@ def memory_table(layout: Layout) -> list[str]:
     if layout.kv_tokens < layout.kv_wanted:
         lines += [f"KV cache: {layout.kv_tokens} of {layout.kv_wanted} positions; sequences wait for room."]
     steps = f"steps of {layout.step_tokens} tokens"
-    return [f"Memory per rank on {layout.n_ranks} ranks, {layout.dtype}, {count}, {steps}:", *lines]
+    whose = "GPU memory" if layout.device == "cuda" else "Memory"
+    return [f"{whose} per rank on {layout.n_ranks} ranks, {layout.dtype}, {count}, {steps}:", *lines]
 
 
 def route_lines(layout: Layout) -> list[str]:

@@ -85,7 +85,7 @@ def _request(job: Job, site: Site, options: dict[str, Any]) -> tuple[Request, Ne
     from moempi.slurm.request import resolve, tasks_per_node
     from moempi.slurm.times import parse_time
 
-    tasks = tasks_per_node(site, options["tasks_per_node"])
+    tasks = tasks_per_node(site, options["tasks_per_node"], job.run.device)
     try:
         seconds = None if options["limit"] is None else parse_time(options["limit"])
         memory = None if options["memory"] is None else parse_bytes(options["memory"])
@@ -94,7 +94,14 @@ def _request(job: Job, site: Site, options: dict[str, Any]) -> tuple[Request, Ne
         raise JobError(f"{', '.join(f'{k} {v!r}' for k, v in shown.items() if v is not None)}: {error}") from None
     needs = needs_of(job, options["nodes"] * tasks, options["shards"] or 1, gpus=site.gpus_per_node > 0)
     request = resolve(
-        needs, site, nodes=options["nodes"], tasks=tasks, seconds=seconds, memory=memory, grace=job.run.grace
+        needs,
+        site,
+        nodes=options["nodes"],
+        tasks=tasks,
+        seconds=seconds,
+        memory=memory,
+        grace=job.run.grace,
+        share_gpus=job.run.share_gpus,
     )
     return request, needs
 

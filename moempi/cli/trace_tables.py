@@ -26,7 +26,7 @@ def _leaves(found: Found, leaves: dict[str, list[float]], wall: list[float]) -> 
     many = found["n_ranks"] > MANY_RANKS
     ranks = ("least", "most") if many else [str(rank) for rank in range(found["n_ranks"])]
     covered = [row["coverage"] for row in found["ranks"] if row["coverage"] is not None]
-    cover = f"; they cover {min(covered):.2%} or more of it" if covered else ""
+    cover = f"; at least {min(covered):.2%} of it is accounted for" if covered else ""
     title = f"Time per stage, and its share in % of each rank's wall time{cover}"
     table = plain_table(title, "stage", "spans", "mean s", "%", *ranks)
     spans = _spans(found)
@@ -36,7 +36,7 @@ def _leaves(found: Found, leaves: dict[str, list[float]], wall: list[float]) -> 
         mean, share = sum(each) / len(each), 100 * sum(each) / (sum(wall) or 1.0)
         cells = _extremes(shares) if many else [f"{one:.0f}" for one in shares]
         table.add_row(stage, f"{spans[stage]:,}", f"{mean:.3f}", f"{share:.1f}", *cells)
-    ends = _extremes(wall, ".2f") if many else [_short(one) for one in wall]
+    ends = _extremes(wall, ".3g") if many else [_short(one) for one in wall]
     table.add_section()
     table.add_row("wall s", "", f"{sum(wall) / len(wall):.3f}", "100.0", *ends)
     return table
@@ -74,8 +74,9 @@ def _extremes(values: list[float], form: str = ".0f") -> list[str]:
 
 
 def _short(seconds: float) -> str:
-    """Three characters or so."""
-    return f"{seconds:.1f}" if seconds < 9.95 else f"{seconds:.0f}"
+    """Two digits or so: three characters, but of short times."""
+    places = 3 if seconds < 0.0995 else 2 if seconds < 0.995 else 1 if seconds < 9.95 else 0
+    return f"{seconds:.{places}f}"
 
 
 def phases(found: Found) -> list[Table]:
@@ -121,10 +122,10 @@ def _wait_matrix(found: Found, name: str, title: str) -> Table:
         seconds[row["rank"]][row["peer"]] = row[name]
     table = plain_table(title, "rank", *map(str, range(n)), "sum")
     for rank, each in enumerate(seconds):
-        table.add_row(str(rank), *(_short(one) if one else "" for one in each), f"{sum(each):.2f}")
+        table.add_row(str(rank), *(_short(one) if one else "" for one in each), f"{sum(each):.3f}")
     table.add_section()
     table.add_row(
-        "sum", *(_short(sum(column)) for column in zip(*seconds, strict=True)), f"{sum(map(sum, seconds)):.2f}"
+        "sum", *(_short(sum(column)) for column in zip(*seconds, strict=True)), f"{sum(map(sum, seconds)):.3f}"
     )
     return table
 

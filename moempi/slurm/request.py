@@ -51,13 +51,26 @@ class Request:
         return self.nodes * self.tasks_per_node
 
 
-def tasks_per_node(site: Site, asked: int | None) -> int:
-    """Ranks on every node: as asked, else one per GPU, else as many as the cores allow."""
-    return asked or site.gpus_per_node or max(1, site.cores_per_node // site.cores_per_rank)
+def tasks_per_node(site: Site, asked: int | None, device: str = "auto") -> int:
+    """Ranks on every node: as asked, else one per GPU, else as many as the cores allow.
+
+    Args:
+        device: `run.device` of the job.
+    """
+    gpus = site.gpus_per_node if device != "cpu" else 0
+    return asked or gpus or max(1, site.cores_per_node // site.cores_per_rank)
 
 
 def resolve(
-    needs: Needs, site: Site, *, nodes: int, tasks: int, seconds: float | None, memory: int | None, grace: float
+    needs: Needs,
+    site: Site,
+    *,
+    nodes: int,
+    tasks: int,
+    seconds: float | None,
+    memory: int | None,
+    grace: float,
+    share_gpus: bool = False,
 ) -> Request:
     """What a job of `nodes` x `tasks` ranks asks for.
 
@@ -65,9 +78,10 @@ def resolve(
         seconds: time limit; None: estimated.
         memory: bytes per node; None: as planned, with a margin.
         grace: `run.grace` of the job.
+        share_gpus: `run.share_gpus` of the job.
 
     Raises:
-        FitError: the nodes have fewer cores or less memory than that.
+        FitError: the nodes have fewer cores or GPUs, or less memory than that.
         JobError: more time than the site gives, or too little to stop in order.
     """
     cores = tasks * site.cores_per_rank
@@ -81,11 +95,20 @@ def resolve(
         nodes=nodes,
         tasks_per_node=tasks,
         cores_per_task=site.cores_per_rank,
-        gpus_per_node=site.gpus_per_node and tasks,
+        gpus_per_node=_gpus(site, tasks, share=share_gpus) if needs.gpu_bytes else 0,
         memory_per_node=0 if site.exclusive and memory is None else _memory(needs, site, tasks, memory),
         seconds=_time(needs, site, nodes * tasks, seconds, lead),
         lead=lead,
     )
+
+
+def _gpus(site: Site, tasks: int, *, share: bool) -> int:
+    if 0 < site.gpus_per_node < tasks and not share:
+        raise FitError(
+            f"{tasks} ranks per node need as many GPUs, but the site's nodes have {site.gpus_per_node}; give fewer "
+            "--tasks-per-node or more --nodes, or let ranks take turns with --set run.share_gpus=true"
+        )
+    return min(site.gpus_per_node, tasks)
 
 
 def _memory(needs: Needs, site: Site, tasks: int, asked: int | None) -> int:

@@ -128,9 +128,12 @@ NEEDS = Needs(
 )
 
 
-def ask(site: Site, **changes: object) -> Request:
+ON_GPUS = replace(NEEDS, gpu_bytes=2000 * MIB)
+
+
+def ask(site: Site, needs: Needs = NEEDS, **changes: object) -> Request:
     options: dict = {"nodes": 2, "tasks": 4, "seconds": None, "memory": None, "grace": 30.0}
-    return resolve(NEEDS, site, **{**options, **changes})
+    return resolve(needs, site, **{**options, **changes})
 
 
 def test_ranks_per_node_follow_gpus_then_cores() -> None:
@@ -138,6 +141,7 @@ def test_ranks_per_node_follow_gpus_then_cores() -> None:
     assert tasks_per_node(Site(cores_per_node=64, cores_per_rank=4), None) == 16
     assert tasks_per_node(Site(cores_per_node=64, gpus_per_node=4), None) == 4
     assert tasks_per_node(Site(gpus_per_node=4), 3) == 3
+    assert tasks_per_node(Site(cores_per_node=64, cores_per_rank=4, gpus_per_node=4), None, "cpu") == 16
 
 
 def test_an_estimate_by_hand() -> None:
@@ -155,7 +159,11 @@ def test_what_is_asked_for() -> None:
     assert request.seconds == pytest.approx(3 * (120 + 100 + 125 * 1.02))
     assert request.memory_per_node == 4 * (1200 + 600) * MIB
     assert request.lead == 120
-    assert ask(Site(gpus_per_node=8)).gpus_per_node == 4  # one for each rank
+    assert ask(Site(gpus_per_node=8), ON_GPUS).gpus_per_node == 4  # one for each rank
+    assert ask(Site(gpus_per_node=8)).gpus_per_node == 0  # the job computes on cores
+    assert ask(Site(gpus_per_node=2), ON_GPUS, share_gpus=True).gpus_per_node == 2
+    with pytest.raises(FitError, match=r"4 ranks per node need as many GPUs, but the site's nodes have 2; give fewer"):
+        ask(Site(gpus_per_node=2), ON_GPUS)
     assert ask(Site(exclusive=True)).memory_per_node == 0
     assert ask(Site(exclusive=True), memory=5 * MIB).memory_per_node == 5 * MIB
     assert ask(Site(max_time=900.0)).seconds == 900  # the rest comes after a requeue

@@ -51,7 +51,7 @@ def test_load_of_four_experts_by_hand() -> None:
     text = printed(load_table([layer(1, [10, 0, 30, 60]), layer(2, [25, 25, 25, 25])], 4))
     rows = [line.split() for line in text.splitlines() if line.strip()[0] in "12"]
     assert rows == [["1", "10", "0", "30", "60", "3", "60.0%", "2.40"], ["2", *["25"] * 4, "0", "25.0%", "1.00"]]
-    assert "in % of 100 tokens x K; even would be 25.0" in " ".join(text.split())
+    assert "in % of 100 rows (tokens x K); even would be 25.0" in " ".join(text.split())
 
 
 def test_the_busiest_expert_is_bold_and_those_below_half_the_mean_are_dim() -> None:
