@@ -266,18 +266,26 @@ def _kernel(name: str, n_parameters: int, words: int = 1) -> Kernel:
 
 @cache
 def _module() -> cupy.RawModule:
+    # No fast mathematics and no contraction: a product and a sum round as written, as on the CPU.
+    return cupy.RawModule(code=source(), options=("--std=c++17", "--fmad=false"), name_expressions=names())
+
+
+def source() -> str:
+    """The CUDA C++ of all kernels."""
+    return cuda_source.SOURCE + cuda_source_routes.SOURCE
+
+
+def names() -> list[str]:
+    """All kernels, of templates the instances that are used."""
     types = _NAMES.values()
-    names = ["choose", "sort_pairs", "row_tables", "greedy"]
+    found = ["choose", "sort_pairs", "row_tables", "greedy"]
     for wide_float, wide_bf16 in ((4, 8), (1, 1)):
         wide = {"float": wide_float, "bf16": wide_bf16}
         by_dtype = "rms_norm", "add_norm", "swiglu", "gather", "scatter"
-        names += [f"{kernel}<{t}, {wide[t]}>" for kernel in by_dtype for t in types]
-        names += [f"combine<{t}, {t}, {wide[t]}>" for t in types]
-        names += [f"turn_heads<{t}, {wide_float}>" for t in types]
-    names += ["combine<bf16, float, 4>", "combine<bf16, float, 1>"]
-    source = cuda_source.SOURCE + cuda_source_routes.SOURCE
-    # No fast mathematics and no contraction: a product and a sum round as written, as on the CPU.
-    return cupy.RawModule(code=source, options=("--std=c++17", "--fmad=false"), name_expressions=names)
+        found += [f"{kernel}<{t}, {wide[t]}>" for kernel in by_dtype for t in types]
+        found += [f"combine<{t}, {t}, {wide[t]}>" for t in types]
+        found += [f"turn_heads<{t}, {wide_float}>" for t in types]
+    return [*found, "combine<bf16, float, 4>", "combine<bf16, float, 1>"]
 
 
 def _wide(d: int, itemsize: int, addresses: int) -> int:

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import secrets
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from gpu_device import DEVICE, HOST, MISSING
+
+if HOST:
+    sys.path.insert(0, str(Path(__file__).with_name("programs")))
+    import host_kernels
+
+    host_kernels.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    missing = "" if torch.cuda.is_available() else "torch sees no GPU here"
     for item in items:
         if item.path.parent.name == "gpu":
             item.add_marker(pytest.mark.gpu)
-            if missing:
-                item.add_marker(pytest.mark.skip(reason=missing))
+            if MISSING:
+                item.add_marker(pytest.mark.skip(reason=MISSING))
 
 
 @pytest.fixture
 def random(request: pytest.FixtureRequest) -> Iterator[torch.Generator]:
-    """Random numbers on the GPU; a failure prints the seed."""
+    """Random numbers where kernels compute; a failure prints the seed."""
     seed = secrets.randbelow(2**31)
     print("seed", seed)
-    yield torch.Generator("cuda").manual_seed(seed)
+    yield torch.Generator(DEVICE).manual_seed(seed)

@@ -10,11 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from gpu_device import DEVICE, MISSING
 from heads import store, turn
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    pytest.skip("torch sees no GPU here", allow_module_level=True)
+if MISSING:
+    pytest.skip(MISSING, allow_module_level=True)
 
 from moempi.device import cuda_experts, cuda_rows
 from moempi.device.cuda import Cuda, Linear, row_is_independent
@@ -45,16 +46,16 @@ CLOSE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
 
 
 def draw(random: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=random, device="cuda").to(dtype)
+    return torch.randn(*shape, generator=random, device=DEVICE).to(dtype)
 
 
 def poisoned(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+    return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
 
 
 def on_gpu(plan: TilePlan) -> TilePlan:
     tensors = plan.tensors()
-    return replace(plan, **all_to_device(tensors, torch.empty(words_of(tensors), dtype=torch.int64, device="cuda")))
+    return replace(plan, **all_to_device(tensors, torch.empty(words_of(tensors), dtype=torch.int64, device=DEVICE)))
 
 
 def batch(rows: Rows, answer: Rows, rows_per_slot: tuple[int, ...], counts: int = 0) -> Arrival:
@@ -96,14 +97,14 @@ def sort_pairs(covers: Tensor, n_covers: int) -> tuple[Tensor, Tensor, Tensor]:
 
     The tokens that come out are those of the pairs.
     """
-    turns = torch.zeros(len(covers), dtype=torch.int64, device="cuda")
-    cover_of = torch.arange(n_covers, dtype=torch.int32, device="cuda").unsqueeze(1)
+    turns = torch.zeros(len(covers), dtype=torch.int64, device=DEVICE)
+    cover_of = torch.arange(n_covers, dtype=torch.int32, device=DEVICE).unsqueeze(1)
     counts = torch.full((n_covers,), -1, dtype=torch.int64, pin_memory=True)
     places, tokens = torch.full_like(covers, 12345), torch.full_like(covers, 12345).flatten()
     cuda_rows.sort_pairs(covers, turns, cover_of, torch.ones_like(cover_of), 0, counts, places, tokens=tokens)
     torch.cuda.synchronize()
     pairs = torch.full_like(tokens, -1)
-    pairs[places.flatten().long()] = torch.arange(len(pairs), dtype=torch.int32, device="cuda")
+    pairs[places.flatten().long()] = torch.arange(len(pairs), dtype=torch.int32, device=DEVICE)
     assert torch.equal(tokens, pairs // covers.shape[1])
     return pairs, places, counts
 
@@ -113,13 +114,13 @@ def sort_pairs(covers: Tensor, n_covers: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_sort_pack_combine(random: torch.Generator, tokens: int, k: int, d: int, dtype: torch.dtype) -> None:
     """Rows go out by cover and come back: as torch sorts them, and the sum of a token in the order of k."""
     n_covers = 11
-    covers = torch.randint(0, n_covers, (tokens, k), generator=random, device="cuda", dtype=torch.int32)
+    covers = torch.randint(0, n_covers, (tokens, k), generator=random, device=DEVICE, dtype=torch.int32)
     pairs, places, counts = sort_pairs(covers, n_covers)
     flat = covers.flatten().long()
     assert torch.equal(pairs.long(), flat.argsort(stable=True))
     assert torch.equal(counts, flat.bincount(minlength=n_covers).cpu())
-    assert torch.equal(places.flatten()[pairs.long()].long(), torch.arange(tokens * k, device="cuda"))
-    x, weights = draw(random, tokens, d, dtype=dtype), torch.rand(tokens, k, generator=random, device="cuda")
+    assert torch.equal(places.flatten()[pairs.long()].long(), torch.arange(tokens * k, device=DEVICE))
+    x, weights = draw(random, tokens, d, dtype=dtype), torch.rand(tokens, k, generator=random, device=DEVICE)
     rows = poisoned(tokens * k, d, dtype=dtype)
     again = torch.zeros_like(rows)
     cuda_rows.scatter(x, places, rows.data_ptr())
@@ -143,17 +144,17 @@ def test_padding_is_not_sorted_packed_or_combined(
 ) -> None:
     """What comes behind the tokens has turn -1: the rest is as it is without, and its own rows are left alone."""
     n, n_covers = tokens + padding, 7
-    experts = torch.randint(0, n_covers, (n, k), generator=random, device="cuda", dtype=torch.int32)
-    turns = torch.arange(n, device="cuda").where(torch.arange(n, device="cuda") < tokens, -1)
-    cover_of = torch.arange(n_covers, dtype=torch.int32, device="cuda").unsqueeze(1)
+    experts = torch.randint(0, n_covers, (n, k), generator=random, device=DEVICE, dtype=torch.int32)
+    turns = torch.arange(n, device=DEVICE).where(torch.arange(n, device=DEVICE) < tokens, -1)
+    cover_of = torch.arange(n_covers, dtype=torch.int32, device=DEVICE).unsqueeze(1)
     counts = torch.full((n_covers,), -1, dtype=torch.int64, pin_memory=True)
-    places = torch.full((n, k), 12345, dtype=torch.int32, device="cuda")
+    places = torch.full((n, k), 12345, dtype=torch.int32, device=DEVICE)
     cuda_rows.sort_pairs(experts, turns, cover_of, torch.ones_like(cover_of), 0, counts, places)
     torch.cuda.synchronize()
     alone, alone_places, alone_counts = sort_pairs(experts[:tokens], n_covers)
     assert torch.equal(counts, alone_counts)
     assert torch.equal(places[:tokens], alone_places) and (places[tokens:] == -1).all()
-    x, weights = draw(random, n, d, dtype=dtype), torch.rand(n, k, generator=random, device="cuda")
+    x, weights = draw(random, n, d, dtype=dtype), torch.rand(n, k, generator=random, device=DEVICE)
     rows = poisoned(n * k, d, dtype=dtype)
     cuda_rows.scatter(x, places, rows.data_ptr())
     assert torch.equal(rows[: tokens * k], x[alone.long() // k]) and rows[tokens * k :].isnan().all()
@@ -170,13 +171,13 @@ def test_headers_lie_ahead_of_the_rows_of_each_rank(random: torch.Generator, tok
     placement = Placement.from_slots(4, 7, 1, (0,), {**slots, "rank": [0, 0, 0, 1, 3, 3, 3]})
     table, each, d = layer_tables(placement)[0], 3, 8
     n, total = tokens * k, 3 * each
-    experts = torch.randint(0, 6, (tokens + padding, k), generator=random, device="cuda", dtype=torch.int32)
-    turns = torch.zeros(tokens + padding, dtype=torch.int64, device="cuda")
+    experts = torch.randint(0, 6, (tokens + padding, k), generator=random, device=DEVICE, dtype=torch.int32)
+    turns = torch.zeros(tokens + padding, dtype=torch.int64, device=DEVICE)
     turns[tokens:] = -1
-    cover_of = torch.arange(7, dtype=torch.int32, device="cuda").unsqueeze(1)
+    cover_of = torch.arange(7, dtype=torch.int32, device=DEVICE).unsqueeze(1)
     counts = torch.full((7,), -1, dtype=torch.int64, pin_memory=True)
-    packed = torch.full((n + total, d), -7, dtype=torch.int32, device="cuda")
-    of_slots = torch.from_numpy(header_places(table, each)).cuda()
+    packed = torch.full((n + total, d), -7, dtype=torch.int32, device=DEVICE)
+    of_slots = torch.from_numpy(header_places(table, each)).to(DEVICE)
     headers = cuda_rows.Headers(of_slots, packed.data_ptr(), 4 * d)
     places = torch.full_like(experts, 12345)
     cuda_rows.sort_pairs(experts, turns, cover_of, torch.ones_like(cover_of), 0, counts, places, headers)
@@ -213,18 +214,18 @@ def test_choose_experts(random: torch.Generator, tokens: int, e: int, k: int, no
 
 
 def test_equal_scores_go_to_the_lowest_index() -> None:
-    experts, _ = cuda_rows.choose_experts(torch.zeros(3, 70, device="cuda"), 4, True)
+    experts, _ = cuda_rows.choose_experts(torch.zeros(3, 70, device=DEVICE), 4, True)
     assert experts.tolist() == [[0, 1, 2, 3]] * 3
-    tokens, logprobs = cuda_rows.greedy(torch.zeros(2, 5000, device="cuda"))
-    assert tokens.tolist() == [0, 0] and torch.allclose(logprobs.exp(), torch.tensor(1 / 5000, device="cuda"))
+    tokens, logprobs = cuda_rows.greedy(torch.zeros(2, 5000, device=DEVICE))
+    assert tokens.tolist() == [0, 0] and torch.allclose(logprobs.exp(), torch.tensor(1 / 5000, device=DEVICE))
 
 
 def test_replicas_take_turns() -> None:
     """Covers [[0, 2], [1, 0], [0, 2]]: expert 1 has two replicas, and turn + layer is 5, 6, 7."""
-    experts = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.int32, device="cuda")
-    cover_of = torch.tensor([[0, 0], [1, 2]], dtype=torch.int32, device="cuda")
-    replicas = torch.tensor([1, 2], dtype=torch.int32, device="cuda")
-    counts, turns = torch.zeros(3, dtype=torch.int64, pin_memory=True), torch.tensor([4, 5, 6], device="cuda")
+    experts = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.int32, device=DEVICE)
+    cover_of = torch.tensor([[0, 0], [1, 2]], dtype=torch.int32, device=DEVICE)
+    replicas = torch.tensor([1, 2], dtype=torch.int32, device=DEVICE)
+    counts, turns = torch.zeros(3, dtype=torch.int64, pin_memory=True), torch.tensor([4, 5, 6], device=DEVICE)
     places, tokens = torch.empty_like(experts), torch.empty_like(experts).flatten()
     cuda_rows.sort_pairs(experts, turns, cover_of, replicas, 1, counts, places, tokens=tokens)
     assert tokens.tolist() == [0, 1, 2, 1, 0, 2] and places.tolist() == [[0, 4], [3, 1], [2, 5]]
@@ -234,7 +235,7 @@ def test_replicas_take_turns() -> None:
 def test_a_clock_calls_back_in_order_behind_the_work_of_its_stream() -> None:
     stream, called = torch.cuda.Stream(), []
     clock = Clock(stream)
-    x = torch.zeros(1, dtype=torch.int64, device="cuda")
+    x = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     landing = torch.zeros(1, dtype=torch.int64, pin_memory=True)
     torch.cuda.synchronize()
     for i in range(50):
@@ -255,11 +256,11 @@ def test_greedy(random: torch.Generator, s: int, v: int, pinned: bool) -> None:
     logits, out = draw(random, s, v) * 5, None
     if pinned:
         types = torch.int64, torch.float32
-        out = tuple(torch.full((s,), -1, dtype=dtype).pin_memory() for dtype in types)
+        out = tuple(torch.full((s,), -1, dtype=dtype, pin_memory=True) for dtype in types)
     found = cuda_rows.greedy(logits, out)
     torch.cuda.synchronize()
     assert out is None or all(map(operator.is_, found, out))
-    tokens, logprobs = (tensor.to("cuda") for tensor in found)
+    tokens, logprobs = (tensor.to(DEVICE) for tensor in found)
     assert torch.equal(tokens, logits.argmax(-1))
     expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.unsqueeze(1)).squeeze(1)
     assert (logprobs.double() - expected).abs().max() < 1e-5
@@ -268,7 +269,7 @@ def test_greedy(random: torch.Generator, s: int, v: int, pinned: bool) -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_score_that_is_no_number_shows(bad: float) -> None:
-    logits = torch.zeros(2, 100, device="cuda")
+    logits = torch.zeros(2, 100, device=DEVICE)
     logits[1, 7] = bad
     logprobs = cuda_rows.greedy(logits)[1]
     assert logprobs[0].isfinite() and logprobs[1].isnan()
@@ -282,7 +283,7 @@ def test_exact_products(random: torch.Generator, outputs: int, inputs: int, dtyp
     Rounded to the dtype, and in float32 as a gate has them.
     """
     for out in {dtype, torch.float32}:
-        assert row_is_independent(ProductShape(outputs, inputs, dtype, out), torch.device("cuda"))
+        assert row_is_independent(ProductShape(outputs, inputs, dtype, out), torch.device(DEVICE))
     weight, row = draw(random, outputs, inputs, dtype=dtype), draw(random, 1, inputs, dtype=dtype)
     alone = product(row, weight)[0]
     assert error(alone, row[0].double() @ weight.double().T) < CLOSE[dtype]
@@ -324,9 +325,9 @@ def test_heads_are_turned_and_written(
     A token's bits are the same alone and among others.
     """
     rows, norm = draw(random, n, (heads + 2 * kv) * dim, dtype=dtype), draw(random, heads + kv, dim)
-    rotary, spans = Rotary(dim, 200, 1e4, Tensor.cuda), [Span(60, 60 + n, [2, 0])]
+    rotary, spans = Rotary(dim, 200, 1e4, lambda tensor: tensor.to(DEVICE)), [Span(60, 60 + n, [2, 0])]
     plan = on_gpu(plan_tiles(spans, heads // kv))
-    plain, cache, again = (KVCache(2, kv, dim, 3 * 64, dtype, torch.device("cuda")) for _ in range(3))
+    plain, cache, again = (KVCache(2, kv, dim, 3 * 64, dtype, torch.device(DEVICE)) for _ in range(3))
     both, values = rows.view(n, -1, dim).split([heads + kv, kv], dim=1)
     wide = both.double()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6) * norm.double()
@@ -366,7 +367,7 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
         n = sum(per_slot)
         places = Rows(flat, lo * d, n, d), Rows(flat, (total + lo) * d, n, d)
         batches.append(batch(*places, per_slot))
-        headers.append(torch.tensor(per_slot, dtype=torch.int32, device="cuda"))
+        headers.append(torch.tensor(per_slot, dtype=torch.int32, device=DEVICE))
         unknown.append(batch(*places, (), headers[-1].data_ptr()))
         slots += [slot for slot, rows in enumerate(per_slot) for _ in range(rows)]
         lo += n
@@ -396,7 +397,7 @@ def test_a_call_has_more_batches_than_words_go_along_with_a_launch(random: torch
     d, n, per_slot, batches = 32, WORDS // 3 + 9, (2, 0, 1)[:n_slots], []
     rows = sum(per_slot)
     gate_up, down = draw(random, n_slots, 2 * 16, d), draw(random, n_slots, d, 16)
-    memory, counts = draw(random, 2 * n * rows, d), torch.tensor(per_slot, dtype=torch.int32, device="cuda")
+    memory, counts = draw(random, 2 * n * rows, d), torch.tensor(per_slot, dtype=torch.int32, device=DEVICE)
     flat, answers = memory.view(-1), memory[n * rows :]
     for i in range(n):
         known = (per_slot, 0) if i % 3 == 0 or n_slots == 1 else ((), counts.data_ptr())
@@ -455,7 +456,7 @@ def test_graphs_do_again_what_they_recorded(random: torch.Generator) -> None:
 
     Between turns 60 and 80 the last recording goes, and with it their memory; then some are made anew.
     """
-    x, graphs = torch.zeros(64, 40, device="cuda"), Graphs()
+    x, graphs = torch.zeros(64, 40, device=DEVICE), Graphs()
     weight, stream = draw(random, 40, 40), torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for turn in range(100):
@@ -473,7 +474,7 @@ LENGTHS = [1, 5, 63, 64, 65, 130, 200]
 def attention(data: list, dtype: torch.dtype, chunk: Callable[[], int], tile: int) -> list[Tensor]:
     """Attention of all sequences, each taken through in chunks, all together, by tiles of so many rows."""
     heads, (kv, dim) = data[0][0].shape[1], data[0][1].shape[1:]
-    cache = KVCache(1, kv, dim, 64 * sum(map(pages_for, LENGTHS)), dtype, torch.device("cuda"))
+    cache = KVCache(1, kv, dim, 64 * sum(map(pages_for, LENGTHS)), dtype, torch.device(DEVICE))
     cache.keys.fill_(1e4)  # what an earlier owner of the pages has left
     cache.values.fill_(1e4)
     pages, done = [cache.take(n) for n in LENGTHS], [0] * len(LENGTHS)
@@ -514,7 +515,7 @@ def test_attention(random: torch.Generator, heads: int, kv: int, dim: int, dtype
 @pytest.mark.parametrize("heads,kv,dim", [(4, 4, 32), (8, 2, 20), (32, 4, 128)])
 def test_attentions_tiles_agree(heads: int, kv: int, dim: int) -> None:
     """In bfloat16; float32 takes small ones only."""
-    assert tiles_agree(heads, kv, dim, torch.bfloat16, torch.device("cuda"))
+    assert tiles_agree(heads, kv, dim, torch.bfloat16, torch.device(DEVICE))
 
 
 def test_the_device_tests_itself() -> None:

@@ -6,7 +6,7 @@ Kernels are launched as on a GPU, by name, with addresses and numbers, and compu
 depend on it alone: those of the current stream at once, expert calls and copies through the host later, as does come
 what the host reads, counts, tokens and marks of streams. Which stream goes on when is drawn: only what waits for a mark
 is in order. A recording does again what was recorded, with the addresses of then. What is emulated is the kernels'
-meaning, not their code: `test_kernels` on a GPU says that the two are the same.
+meaning, not their code: `test_kernels` says that the two are the same, on a GPU or, of row kernels, by `host_kernels`.
 """
 
 from __future__ import annotations
@@ -428,7 +428,7 @@ def _patch_torch() -> None:
     def unpinned(make: Any) -> Any:
         return lambda *given, pin_memory=False, **options: make(*given, **options)
 
-    torch.zeros, torch.empty = unpinned(torch.zeros), unpinned(torch.empty)
+    torch.zeros, torch.empty, torch.full = map(unpinned, (torch.zeros, torch.empty, torch.full))
     mm = torch.mm
     torch.mm = lambda a, b, out_dtype=None: mm(a.to(out_dtype), b.to(out_dtype)) if out_dtype else mm(a, b)
     cuda: Any = torch.cuda
