@@ -57,7 +57,7 @@ def main() -> None:
 
     with torch.inference_mode():
         stacks = small_grid(world.size) if given.small else grid(world.size)
-        last = [stack.gpu_aware != "off" for stack, _ in stacks].count(True) - 1
+        last = max(i for i, (stack, _) in enumerate(stacks) if stack.gpu_aware != "off")
         for i, (stack, tokens) in enumerate(stacks):
             trace = given.trace if i == last else None
             results["stack"].append(measure(world, make, stack, tokens, trace))

@@ -28,7 +28,7 @@ from moempi.report import Outcome, Took, committed_before, finish, nothing_to_do
 from moempi.router.router import Router
 from moempi.router.watch import Watch
 from moempi.service import Service
-from moempi.tracing import Tracer, traced
+from moempi.tracing import Tracer, trace_of
 
 log = logging.getLogger("moempi")
 
@@ -67,7 +67,7 @@ def run(
         with writer or nullcontext():
             if comm.bcast(writer is not None and writer.complete, root=0):
                 return nothing_to_do(job, found)
-            tracer = Tracer(topology, traced(job, shape), resume=resume, overwrite=overwrite)
+            tracer = Tracer(topology, trace_of(job, shape), resume=resume, overwrite=overwrite)
             rank = builder(device)(topology, job, shape, device, tracer.recorder, engine_type)
             router = build_router(comm, job, found, writer)
             engine = rank.engine

@@ -20,7 +20,7 @@ from moempi.recorder import PART_BYTES, Recorder
 
 
 @dataclass(frozen=True)
-class Traced:
+class TraceOf:
     """What a trace is of, and where it goes.
 
     Args:
@@ -39,10 +39,10 @@ class Traced:
     job: str
 
 
-def traced(job: Job, shape: Shape) -> Traced:
+def trace_of(job: Job, shape: Shape) -> TraceOf:
     """The trace of a job."""
     level, every, layout = job.trace.level, job.trace.flush_every, shape.layout
-    return Traced(job.trace_file, level, every, shape.config, layout.placement, layout.mode, job.to_json())
+    return TraceOf(job.trace_file, level, every, shape.config, layout.placement, layout.mode, job.to_json())
 
 
 class Tracer:
@@ -51,10 +51,11 @@ class Tracer:
     Collective to build and to `finish`.
 
     Args:
+        of: level, place and subject of the trace.
         resume, overwrite: what happens to an earlier trace, as of `make_way`.
     """
 
-    def __init__(self, topology: Topology, of: Traced, *, resume: bool, overwrite: bool):
+    def __init__(self, topology: Topology, of: TraceOf, *, resume: bool, overwrite: bool):
         config, world = of.config, topology.world
         self.path, self._every = of.path, of.every
         self.recorder = Recorder(of.level, world.rank, world.size, config.n_layers, config.n_experts, config.top_k)

@@ -35,7 +35,7 @@ from moempi.planning.placement import place
 from moempi.prepare import DTYPES
 from moempi.recorder import Recorder
 from moempi.stages import COMBINE, PREFILL, STEP
-from moempi.tracing import Traced, Tracer
+from moempi.tracing import TraceOf, Tracer
 
 PIECE = 2**28  # most bytes of a message
 STALL = 120.0  # s
@@ -177,7 +177,7 @@ def trace_round(topology: Topology, layers: Any, stack: Stack, tokens: int, path
     world, config = topology.world, stack.config()
     placement = place(config, world.size, PlacementOptions(), 1)
     job = json.dumps({"bench layer": {**asdict(stack), "tokens": tokens, "passes": layers.passes}})
-    of = Traced(path, "full", math.inf, config, placement, stack.mode, job)
+    of = TraceOf(path, "full", math.inf, config, placement, stack.mode, job)
     tracer, quiet = Tracer(topology, of, resume=False, overwrite=True), layers.engine.recorder
     layers.engine.recorder = tracer.recorder
     seconds = _time(world, layers.stack, layers.settle)

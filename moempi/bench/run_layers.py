@@ -36,18 +36,18 @@ def run_layers(
     """
     topology = look_around(world)
     found: list[dict[str, Any]] = []
-    traced: dict[str, float] = {}
+    of_trace: dict[str, float] = {}
     with torch.inference_mode():
         make, about = _on_gpu(topology, stack) if device == "cuda" else _on_cpu(topology, stack)
         for i, each in enumerate(tokens, 1):
             layers = make(each, passes)
             times = measure_layers(world, layers, stack.layers, rounds)
             if trace and i == len(tokens):
-                traced["traced_ms"] = trace_round(topology, layers, stack, each, trace)
+                of_trace["ms_of_trace"] = trace_round(topology, layers, stack, each, trace)
             layers.free()
             found.append(sum_up(stack, world.size, each, times))
     hosts = sorted(set(topology.hosts))
-    return {"ranks": world.size, "hosts": hosts, **about, "stack": asdict(stack), "results": found, **traced}
+    return {"ranks": world.size, "hosts": hosts, **about, "stack": asdict(stack), "results": found, **of_trace}
 
 
 def _on_cpu(topology: Topology, stack: Stack) -> tuple[Any, dict[str, Any]]:

@@ -13,7 +13,7 @@ from moempi import mpi
 from moempi.bench.stack import Stack
 from moempi.cli.measuring import options_of, refuse_ranks_in_ranks, start_mpi, start_ranks
 from moempi.cli.results import plural, refuse_existing
-from moempi.errors import EXIT_DONE
+from moempi.errors import EXIT_DONE, JobError
 
 MANY = click.IntRange(1)
 
@@ -61,8 +61,11 @@ def layer(
     refuse_ranks_in_ranks(ranks)
     trace: Path | None = given["trace"]  # type: ignore[assignment]
     if mpi.launched_rank() == 0:
+        if trace and trace.resolve() == out.resolve():
+            raise JobError(f"--trace {trace}: OUT is the same file; give another")
         for path in (out, trace) if trace else (out,):
             refuse_existing(path, overwrite)
+        out.resolve().parent.mkdir(parents=True, exist_ok=True)
     stack, how = _stack(given)
     stack.check(str(how["device"]))
     if ranks is not None:
@@ -73,7 +76,7 @@ def layer(
     results = run_layers(world, stack, **how)  # type: ignore[arg-type]
     if world.rank == 0:
         out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        told = [f"trace: {trace}, of a round with {results['traced_ms']:.3f} ms"] if trace else []
+        told = [f"trace: {trace}, of a round with {results['ms_of_trace']:.3f} ms"] if trace else []
         click.echo("\n".join([*lines(results), f"figures: {out}", *told]))
     mpi.meet(world)
     return EXIT_DONE

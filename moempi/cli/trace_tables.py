@@ -26,30 +26,39 @@ def _leaves(found: Found, leaves: dict[str, list[float]], wall: list[float]) -> 
     many = found["n_ranks"] > MANY_RANKS
     ranks = ("least", "most") if many else [str(rank) for rank in range(found["n_ranks"])]
     covered = [row["coverage"] for row in found["ranks"] if row["coverage"] is not None]
-    cover = f"; at least {min(covered):.2%} of it is accounted for" if covered else ""
+    cover = f"; at least {min(covered):.2%} accounted for" if covered else ""
     title = f"Time per stage, and its share in % of each rank's wall time{cover}"
-    table = plain_table(title, "stage", "spans", "mean s", "%", *ranks)
+    unit, scale = _unit(found)
+    table = plain_table(title, "stage", "spans", f"mean {unit}", "%", *ranks)
     spans = _spans(found)
     for stage in sorted(leaves, key=lambda one: -sum(leaves[one])):
         each = leaves[stage]
         shares = [100 * part / whole if whole else 0.0 for part, whole in zip(each, wall, strict=True)]
-        mean, share = sum(each) / len(each), 100 * sum(each) / (sum(wall) or 1.0)
+        mean, share = scale * sum(each) / len(each), 100 * sum(each) / (sum(wall) or 1.0)
         cells = _extremes(shares) if many else [f"{one:.0f}" for one in shares]
         table.add_row(stage, f"{spans[stage]:,}", f"{mean:.3f}", f"{share:.1f}", *cells)
-    ends = _extremes(wall, ".3g") if many else [_short(one) for one in wall]
+    scaled = [scale * one for one in wall]
+    ends = _extremes(scaled, ".2f") if many else [_short(one) for one in scaled]
     table.add_section()
-    table.add_row("wall s", "", f"{sum(wall) / len(wall):.3f}", "100.0", *ends)
+    table.add_row(f"wall {unit}", "", f"{sum(scaled) / len(scaled):.3f}", "100.0", *ends)
     return table
 
 
 def _containers(found: Found, containers: dict[str, list[float]]) -> Table:
-    table = plain_table(
-        "Times that lie across these (a rank may have several at once)", "", "times", "mean s", "least s", "most s"
-    )
+    unit, scale = _unit(found)
+    heads = (f"{what} {unit}" for what in ("mean", "least", "most"))
+    table = plain_table("Times that lie across these (a rank may have several at once)", "", "times", *heads)
     spans = _spans(found)
-    for stage, each in containers.items():
+    for stage, seconds in containers.items():
+        each = [scale * one for one in seconds]
         table.add_row(stage, f"{spans[stage]:,}", f"{sum(each) / len(each):.3f}", *_extremes(each, ".3f"))
     return table
+
+
+def _unit(found: Found) -> tuple[str, float]:
+    """In which times are told, and how many of it a second has: ms, where no rank and no stage took one."""
+    times = [row["wall_seconds"] for row in found["ranks"]] + [row["seconds"] for row in found["time"]]
+    return ("s", 1.0) if max(times, default=0.0) >= 1 else ("ms", 1e3)
 
 
 def _seconds(found: Found, *, container: bool) -> dict[str, list[float]]:
@@ -73,10 +82,9 @@ def _extremes(values: list[float], form: str = ".0f") -> list[str]:
     return [f"{values[rank]:{form}} (rank {rank})" for rank in ends]
 
 
-def _short(seconds: float) -> str:
-    """Two digits or so: three characters, but of short times."""
-    places = 3 if seconds < 0.0995 else 2 if seconds < 0.995 else 1 if seconds < 9.95 else 0
-    return f"{seconds:.{places}f}"
+def _short(value: float) -> str:
+    """Three characters or so."""
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 def phases(found: Found) -> list[Table]:
@@ -109,28 +117,27 @@ def waits(found: Found) -> list[Table]:
         return [_longest_waits(found)]
     return [
         _wait_matrix(
-            found, "wait_seconds", "Waits of microbatches for their last rows, in s, by the rank these were on"
+            found, "wait_seconds", "Waits of microbatches for their last rows, in {}, by the rank these were on"
         ),
-        _wait_matrix(found, "exposed_seconds", "Exposed: nothing to do but wait, in s, by the rank waited for"),
+        _wait_matrix(found, "exposed_seconds", "Exposed: nothing to do but wait, in {}, by the rank waited for"),
     ]
 
 
 def _wait_matrix(found: Found, name: str, title: str) -> Table:
-    n = found["n_ranks"]
-    seconds = [[0.0] * n for _ in range(n)]
+    n, (unit, scale) = found["n_ranks"], _unit(found)
+    times = [[0.0] * n for _ in range(n)]
     for row in found["waits"]:
-        seconds[row["rank"]][row["peer"]] = row[name]
-    table = plain_table(title, "rank", *map(str, range(n)), "sum")
-    for rank, each in enumerate(seconds):
-        table.add_row(str(rank), *(_short(one) if one else "" for one in each), f"{sum(each):.3f}")
+        times[row["rank"]][row["peer"]] = scale * row[name]
+    table = plain_table(title.format(unit), "rank", *map(str, range(n)), "sum")
+    for rank, each in enumerate(times):
+        table.add_row(str(rank), *(_short(one) if one else "" for one in each), f"{sum(each):.2f}")
     table.add_section()
-    table.add_row(
-        "sum", *(_short(sum(column)) for column in zip(*seconds, strict=True)), f"{sum(map(sum, seconds)):.3f}"
-    )
+    table.add_row("sum", *(_short(sum(column)) for column in zip(*times, strict=True)), f"{sum(map(sum, times)):.2f}")
     return table
 
 
 def _longest_waits(found: Found) -> Table:
+    unit, scale = _unit(found)
     table = plain_table(
         f"Waits (the {_LINKS_SHOWN} longest)",
         "rank",
@@ -138,13 +145,13 @@ def _longest_waits(found: Found) -> Table:
         "answers",
         "mean ms",
         "last rows",
-        "wait s",
-        "exposed s",
+        f"wait {unit}",
+        f"exposed {unit}",
     )
     for row in sorted(found["waits"], key=lambda one: -one["wait_seconds"])[:_LINKS_SHOWN]:
         mean = 1e3 * row["answer_seconds"] / max(1, row["answers"])
         counts = (f"{row['answers']:,}", f"{mean:.2f}", f"{row['waits']:,}")
-        ends = (f"{row['wait_seconds']:.3f}", f"{row['exposed_seconds']:.3f}")
+        ends = (f"{scale * row['wait_seconds']:.3f}", f"{scale * row['exposed_seconds']:.3f}")
         table.add_row(str(row["rank"]), str(row["peer"]), *counts, *ends)
     return table
 

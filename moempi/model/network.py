@@ -33,7 +33,6 @@ class Layer:
         self.head_norm = device.place(torch.cat(norms).float())  # [heads + kv_heads, head_dim]
         self.attention_norm = device.place(read("attention_norm").float())
         self.mlp_norm = device.place(read("mlp_norm").float())
-        self.dtype = self.output.dtype
         if dense:
             self.gate_up, self.down = device.linear(read("mlp_gate_up")), device.linear(read("mlp_down"))
         else:

@@ -5,28 +5,31 @@ from __future__ import annotations
 from moempi.job import Job
 from moempi.model.config import ModelConfig
 from moempi.planning.gpu_memory import host_bytes
+from moempi.planning.memory import trace_bytes
 from moempi.slurm.request import Needs
 
 
-def needs_of(job: Job, n_ranks: int, shards: int = 1, *, gpus: bool = False) -> Needs:
+def needs_of(job: Job, n_ranks: int, shards: int = 1, *, gpus: bool) -> Needs:
     """Read and check all that the job names, and plan it on `n_ranks` ranks; of an array one shard is counted.
 
     Args:
-        gpus: the nodes have some, whatever this one has: where the job leaves its device open, it takes them.
+        gpus: whether the nodes have some, whatever this one has: a job that leaves its device open takes them, or none.
 
     Raises:
         MoempiError: whatever would stop the run before it starts.
     """
     from moempi.prepare import look
 
-    if gpus and job.run.device == "auto":
-        job = job.model_copy(update={"run": job.run.model_copy(update={"device": "cuda"})})
+    if job.run.device == "auto":
+        device = "cuda" if gpus else "cpu"
+        job = job.model_copy(update={"run": job.run.model_copy(update={"device": device})})
     found = look(job, n_ranks)
     layout, fullest = found.shape.layout, max(found.shape.layout.memory, key=lambda plan: plan.total)
     rank_bytes, gpu_bytes = fullest.total, 0
     if layout.device == "cuda":  # then the plan is about its memory
         messages = max(plan.message_bytes for plan in layout.memory)
         rank_bytes = host_bytes(found.shape.config, found.shape.dtype.itemsize, messages, job.exchange.gpu_aware)
+        rank_bytes += trace_bytes(job.trace.level)
         gpu_bytes = fullest.total
     return Needs(
         rank_bytes=rank_bytes,

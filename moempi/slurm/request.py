@@ -25,7 +25,7 @@ class Needs:
 
     rank_bytes: int  # of a node's memory, for the fullest rank
     gpu_bytes: int  # of a GPU, for the same; 0 where ranks compute on cores
-    weight_bytes: int  # of it, weights that every step reads
+    weight_bytes: int  # weights that the fullest rank reads in every step
     layers: int
     flops_per_token: float
     prompt_tokens: int
@@ -103,7 +103,12 @@ def resolve(
 
 
 def _gpus(site: Site, tasks: int, *, share: bool) -> int:
-    if 0 < site.gpus_per_node < tasks and not share:
+    if not site.gpus_per_node:
+        raise FitError(
+            "run.device = 'cuda', but the site's nodes have no GPUs (gpus_per_node = 0): give another --site, or "
+            "--set run.device=cpu"
+        )
+    if site.gpus_per_node < tasks and not share:
         raise FitError(
             f"{tasks} ranks per node need as many GPUs, but the site's nodes have {site.gpus_per_node}; give fewer "
             "--tasks-per-node or more --nodes, or let ranks take turns with --set run.share_gpus=true"
@@ -112,7 +117,8 @@ def _gpus(site: Site, tasks: int, *, share: bool) -> int:
 
 
 def _memory(needs: Needs, site: Site, tasks: int, asked: int | None) -> int:
-    planned = math.ceil(tasks * (needs.rank_bytes * MEMORY_MARGIN + PROCESS_BYTES))
+    process = 0 if needs.gpu_bytes else PROCESS_BYTES  # a plan for GPUs counts it
+    planned = math.ceil(tasks * (needs.rank_bytes * MEMORY_MARGIN + process))
     wanted = planned if asked is None else asked
     if site.memory_per_node and wanted > site.memory_per_node:
         raise FitError(

@@ -18,6 +18,11 @@ if HOST:
     host_kernels.install()
 
 
+    def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+        missing = host_kernels.never_launched()
+        terminalreporter.write_line(f"never launched: {sorted(missing)}" if missing else "all kernels were launched")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.parent.name == "gpu":

@@ -67,6 +67,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).norm() / expected.norm())
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "n,d", [(1, 1), (3, 7), (5, 20), (33, 64), (4, 128), (130, 7168), (2, 129), (6, 300), (7, 264), (3, 9000)]
@@ -80,6 +81,7 @@ def test_rms_norm(random: torch.Generator, n: int, d: int, dtype: torch.dtype) -
     assert torch.equal(cuda_rows.rms_norm(x[-1:].clone(), weight, 1e-6), found[-1:])
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows,f", [(0, 8), (1, 1), (7, 33), (64, 768), (300, 2048)])
 def test_swiglu(random: torch.Generator, rows: int, f: int, dtype: torch.dtype) -> None:
@@ -109,6 +111,7 @@ def sort_pairs(covers: Tensor, n_covers: int) -> tuple[Tensor, Tensor, Tensor]:
     return pairs, places, counts
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens,k,d", [(1, 1, 1), (5, 2, 33), (64, 4, 128), (257, 8, 7168), (4099, 9, 8)])
 def test_sort_pack_combine(random: torch.Generator, tokens: int, k: int, d: int, dtype: torch.dtype) -> None:
@@ -137,6 +140,7 @@ def test_sort_pack_combine(random: torch.Generator, tokens: int, k: int, d: int,
         assert torch.equal(found, (x.float() + total).to(dtype)), "not the bits of the order of k, rounded once"
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens,padding,k,d", [(1, 15, 1, 1), (17, 15, 4, 33), (300, 212, 8, 256)])
 def test_padding_is_not_sorted_packed_or_combined(
@@ -163,6 +167,7 @@ def test_padding_is_not_sorted_packed_or_combined(
     assert torch.equal(found[tokens:], x[tokens:])
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("padding", [0, 16])
 @pytest.mark.parametrize("tokens,k", [(1, 1), (17, 4), (300, 8)])
 def test_headers_lie_ahead_of_the_rows_of_each_rank(random: torch.Generator, tokens: int, k: int, padding: int) -> None:
@@ -201,6 +206,7 @@ def test_headers_lie_ahead_of_the_rows_of_each_rank(random: torch.Generator, tok
     assert (places[tokens:] == -1).all()
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("tokens,e,k", [(1, 1, 1), (9, 5, 2), (33, 128, 8), (1000, 64, 6), (3, 3000, 9)])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_choose_experts(random: torch.Generator, tokens: int, e: int, k: int, normalize: bool) -> None:
@@ -213,6 +219,7 @@ def test_choose_experts(random: torch.Generator, tokens: int, e: int, k: int, no
     assert torch.equal(alone[0], experts[-1:]) and torch.equal(alone[1], weights[-1:])
 
 
+@pytest.mark.row_kernels
 def test_equal_scores_go_to_the_lowest_index() -> None:
     experts, _ = cuda_rows.choose_experts(torch.zeros(3, 70, device=DEVICE), 4, True)
     assert experts.tolist() == [[0, 1, 2, 3]] * 3
@@ -220,6 +227,7 @@ def test_equal_scores_go_to_the_lowest_index() -> None:
     assert tokens.tolist() == [0, 0] and torch.allclose(logprobs.exp(), torch.tensor(1 / 5000, device=DEVICE))
 
 
+@pytest.mark.row_kernels
 def test_replicas_take_turns() -> None:
     """Covers [[0, 2], [1, 0], [0, 2]]: expert 1 has two replicas, and turn + layer is 5, 6, 7."""
     experts = torch.tensor([[0, 1], [1, 0], [0, 1]], dtype=torch.int32, device=DEVICE)
@@ -249,6 +257,7 @@ def test_a_clock_calls_back_in_order_behind_the_work_of_its_stream() -> None:
     assert called == [(i, True) for i in range(50)]
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("s,v", [(1, 1), (3, 37), (65, 1024), (5, 151936)])
 def test_greedy(random: torch.Generator, s: int, v: int, pinned: bool) -> None:
@@ -267,6 +276,7 @@ def test_greedy(random: torch.Generator, s: int, v: int, pinned: bool) -> None:
     assert torch.equal(cuda_rows.greedy(logits[-1:].clone())[1], logprobs[-1:])
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_score_that_is_no_number_shows(bad: float) -> None:
     logits = torch.zeros(2, 100, device=DEVICE)
@@ -300,6 +310,7 @@ def test_exact_products(random: torch.Generator, outputs: int, inputs: int, dtyp
             assert all(torch.equal(found[place], alone) for place in (0, n // 2, n - 1)), (n, tile)
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n,d", [(1, 1), (3, 37), (65, 256), (7, 7168), (5, 300), (9, 264), (3, 9000)])
 def test_sum_and_norm_have_the_bits_of_each(random: torch.Generator, n: int, d: int, dtype: torch.dtype) -> None:
@@ -311,6 +322,7 @@ def test_sum_and_norm_have_the_bits_of_each(random: torch.Generator, n: int, d: 
     assert torch.equal(normed, cuda_rows.rms_norm(residual + rows, weight, 1e-6))
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 8, 45])
 @pytest.mark.parametrize(
@@ -345,6 +357,7 @@ def test_heads_are_turned_and_written(
     assert torch.equal(cache.keys, again.keys) and torch.equal(cache.values, again.values)
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("d,hidden,more", [(32, 16, 0), (37, 9, 0), (32, 12, 0), (64, 32, 1100)])
@@ -391,6 +404,7 @@ def test_experts_find_the_rows_of_every_batch_and_slot(
                 assert memory[total + i].isnan().all()
 
 
+@pytest.mark.row_kernels
 @pytest.mark.parametrize("n_slots", [1, 3])
 def test_a_call_has_more_batches_than_words_go_along_with_a_launch(random: torch.Generator, n_slots: int) -> None:
     """Of every third the host alone knows the rows per slot; each has the bits that it has by itself."""

@@ -15,6 +15,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
 from layout_jobs import DTYPES, Runs, check_cuts, check_dense, check_layouts, check_tokens, check_traces, run_all
+from ranks import Running
+from stacks import check_trace
+
+from moempi.bench.stack import Stack
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,19 @@ def test_the_bits_do_not_depend_on_cuts(runs: Runs, dtype: str) -> None:
 @pytest.mark.parametrize("cpu,gpu", [("cpu", "one"), ("cpu", "four"), ("cpu-leaves", "leaves-cut")])
 def test_tokens_are_those_of_the_cpu(runs: Runs, cpu: str, gpu: str) -> None:
     check_tokens(runs, "float32-0", cpu, gpu)
+
+
+def test_a_stack_and_its_trace(tmp_path: Path) -> None:
+    out, trace = tmp_path / "found.json", tmp_path / "trace.h5"
+    program = Path(__file__).parents[1] / "gpu" / "programs" / "emulated_layers.py"
+    launch = [sys.executable, "-m", "moempi.launch", "-n", "2", "--", sys.executable]
+    with Running([*launch, *map(str, (program, out, trace))]) as run:
+        run.process.wait(100)
+    assert run.process.returncode == 0, run.err[-4000:]
+    found = json.loads(out.read_text())
+    stack, (line,) = Stack(**found["stack"]), found["results"]
+    assert list(line["ms"]) == ["stack", "pure", "ceiling"] and found["ms_of_trace"] > 0
+    check_trace(trace, stack, 2, line["tokens"], 2)
 
 
 def test_steps_are_made_ahead_and_send_frames(runs: Runs) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from mpi4py import MPI
+from stacks import check_trace
 
-from moempi import analysis
 from moempi.bench.jobs import measure_jobs, phases_of, write_together
 from moempi.bench.layers import CpuLayers, measure_layers
 from moempi.bench.run_layers import run_layers
@@ -18,7 +16,6 @@ from moempi.bench.stack import Stack
 from moempi.device.cpu import Cpu
 from moempi.exchange.topology import look_around
 from moempi.mpi import meet
-from moempi.stages import EXPERT, STAGES
 
 pytestmark = pytest.mark.mpi
 
@@ -73,15 +70,7 @@ def test_the_trace_has_one_round_of_the_last_number_of_tokens(
     if part != MPI.COMM_NULL:
         run_layers(part, STACK, (1, TOKENS), device="cpu", rounds=1, passes=PASSES, trace=path)
         if part.rank == 0:
-            trace = analysis.load(path)
-            rows = ranks * STACK.microbatches * TOKENS * STACK.top_k * PASSES
-            assert trace.job == {"bench layer": {**asdict(STACK), "tokens": TOKENS, "passes": PASSES}}
-            assert analysis.load_per_expert(trace).sum(1).tolist() == [rows] * STACK.layers
-            spans = trace.spans
-            by_stage = Counter(STAGES[stage] for stage in spans["stage"].tolist())
-            assert by_stage["step"] == ranks * STACK.microbatches * PASSES
-            assert by_stage["wait"] == by_stage["combine"] == by_stage["step"] * STACK.layers
-            assert spans["tokens"][spans["stage"] == EXPERT].sum() == rows * STACK.layers
+            check_trace(path, STACK, ranks, TOKENS, PASSES)
         part.Free()
     meet(world)
 

@@ -35,6 +35,7 @@ def test_the_table_of_a_stack() -> None:
     results = {"ranks": 4, "device": "cpu", "stack": vars(STACK), "results": [line]}
     assert list(bench_layer.lines(results)) == [
         "6 MoE layers, d 1000, hidden 500, E 4, K 2, bfloat16, exact, 2 microbatches; 4 ranks on cpu",
+        "Medians per layer and microbatch, of the slowest rank:",
         "tokens  stack, ms  pure, ms  of pure  tokens/s  TFLOP/s a rank",
         "   100      2.000     1.500    0.750    200000             0.3",
     ]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from moempi.cli.status import status
@@ -22,7 +23,7 @@ from moempi.files.committed import Committed
 from moempi.files.make_inputs import make_inputs
 from moempi.job import load_job
 from moempi.planning.gpu_memory import HOST
-from moempi.planning.memory import RankMemory
+from moempi.planning.memory import RankMemory, trace_bytes
 from moempi.prepare import look
 from moempi.slurm import requeue, scheduler
 from moempi.slurm.binding import hidden_gpus
@@ -164,6 +165,11 @@ def test_what_is_asked_for() -> None:
     assert ask(Site(gpus_per_node=2), ON_GPUS, share_gpus=True).gpus_per_node == 2
     with pytest.raises(FitError, match=r"4 ranks per node need as many GPUs, but the site's nodes have 2; give fewer"):
         ask(Site(gpus_per_node=2), ON_GPUS)
+    with pytest.raises(FitError, match=r"the site's nodes have no GPUs \(gpus_per_node = 0\): give another --site"):
+        ask(Site(), ON_GPUS)
+    # A plan for GPUs counts the process itself.
+    assert ask(Site(), NEEDS).memory_per_node == 4 * (1200 + 600) * MIB
+    assert ask(Site(gpus_per_node=4), ON_GPUS).memory_per_node == 4 * 1200 * MIB
     assert ask(Site(exclusive=True)).memory_per_node == 0
     assert ask(Site(exclusive=True), memory=5 * MIB).memory_per_node == 5 * MIB
     assert ask(Site(max_time=900.0)).seconds == 900  # the rest comes after a requeue
@@ -488,8 +494,8 @@ def test_a_dry_run_prints_script_and_reasons_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["in.h5"]
 
 
-def test_on_gpus_a_node_is_asked_for_what_the_host_needs(tmp_path: Path) -> None:
-    """Here there are none, but the site has some: a job that leaves its device open is planned on them."""
+def test_the_site_decides_what_an_open_device_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever there is where the job is submitted. On GPUs a node is asked for what the host needs."""
     make_inputs(ROOT / "inputs/prompts.jsonl", ROOT / "inputs/tinymoe.h5", tmp_path / "in.h5")
 
     def needs(*overrides: str, gpus: bool = True) -> Needs:
@@ -503,7 +509,8 @@ def test_on_gpus_a_node_is_asked_for_what_the_host_needs(tmp_path: Path) -> None
     on_gpus, direct, staged = planned("cuda"), needs("exchange.gpu_aware=on"), needs()
     assert staged.gpu_bytes == direct.gpu_bytes == max(plan.total for plan in on_gpus)
     assert staged.rank_bytes - direct.rank_bytes == max(plan.message_bytes for plan in on_gpus)
-    assert direct.rank_bytes > HOST
+    assert direct.rank_bytes > HOST + trace_bytes("full")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     on_cores = needs(gpus=False)
     assert on_cores == needs("run.device=cpu") and on_cores.gpu_bytes == 0
     assert on_cores.rank_bytes == max(plan.total for plan in planned("cpu"))

@@ -15,6 +15,7 @@ from rich.table import Table
 from test_outputs import write_whole
 from test_trace import merge, write_ranks
 
+from moempi.cli import trace_tables
 from moempi.cli.load_table import MOST_MARKS, bar, load_table, percents, plain_table
 from moempi.cli.outputs import outputs
 from moempi.cli.run import run
@@ -82,6 +83,33 @@ def test_a_title_that_is_longer_than_its_table_stays_in_one_line() -> None:
 
 def test_the_load_of_a_run_that_routed_nothing_is_an_empty_table() -> None:
     assert "layer" in printed(load_table([], 16))
+
+
+# ---------------------------------------------------------------- times
+
+
+@pytest.mark.parametrize(
+    "factor,heading,attend,wall",
+    [
+        (1.0, "mean s", "attend 2 750.000 60.0 75 50", "wall s 1250.000 100.0 1000 1500"),
+        (1e-3, "mean s", "attend 2 0.750 60.0 75 50", "wall s 1.250 100.0 1.0 1.5"),
+        (6e-4, "mean ms", "attend 2 450.000 60.0 75 50", "wall ms 750.000 100.0 600 900"),
+        (1e-6, "mean ms", "attend 2 0.750 60.0 75 50", "wall ms 1.250 100.0 1.0 1.5"),
+    ],
+)
+def test_times_of_short_runs_are_in_ms(factor: float, heading: str, attend: str, wall: str) -> None:
+    found = {
+        "n_ranks": 2,
+        "ranks": [{"wall_seconds": seconds * factor, "coverage": 1.0} for seconds in (1000.0, 1500.0)],
+        "time": [
+            {"rank": rank, "stage": "attend", "container": False, "seconds": 750.0 * factor, "spans": 1}
+            for rank in range(2)
+        ],
+    }
+    text = printed(trace_tables.time(found)[0], 100)
+    rows = [" ".join(line.split()) for line in text.splitlines()]
+    assert heading in text and attend in rows and wall in rows, text
+    assert "at least 100.00% accounted for" in text
 
 
 # ---------------------------------------------------------------- dry run

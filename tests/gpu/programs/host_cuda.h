@@ -1,7 +1,9 @@
 // What the row kernels use of CUDA, on a host: to run their code where there is no GPU. Included in front of it.
 //
-// A thread is a fiber. It runs to the next point at which it waits for others of its warp or block; who goes on then is
-// drawn, so that a missing barrier shows sooner or later. Blocks run one after the other.
+// A thread is a fiber. It runs to the next point at which it waits for others of its warp or block. Which warp and which
+// thread goes on then is drawn, the same in every run, and half of the time a warp goes on alone until it has to wait:
+// that a barrier is missing mostly shows. Blocks run one after the other. Memory that is __shared__ and has its size from
+// the launch is poisoned before each of them; what has it from its declaration keeps what the block before has left.
 
 #include <ucontext.h>
 
@@ -32,6 +34,7 @@ namespace host {
 struct Place { unsigned x; };
 
 constexpr int MOST_THREADS = 1024, STACK = 1 << 16;
+constexpr int MOST_SHARED = 48 << 10, GUARD = 4096;  // bytes that a launch may ask for, and of what lies behind them
 
 // Of a warp, or of a block: who has come to a common point.
 struct Meeting { int arrived = 0; unsigned generation = 0; };
@@ -47,6 +50,7 @@ struct State {
   int64_t values[MOST_THREADS / 32][2][32];
   std::vector<char> shared;
   uint64_t random = 1;
+  unsigned moved = 0;  // arrivals and ends
   void (*body)(void*) = nullptr;
   void* arguments = nullptr;
 };
@@ -70,6 +74,7 @@ inline void give_way() {
 
 inline void meet(Meeting& meeting, int all) {
   const unsigned generation = meeting.generation;
+  ++state().moved;
   if (++meeting.arrived == all) {
     meeting.arrived = 0;
     ++meeting.generation;
@@ -94,6 +99,7 @@ inline void enter() {
   State& s = state();
   s.body(s.arguments);
   s.fibers[threadIdx.x].ended = true;
+  ++s.moved;
   --s.alive;
   --s.alive_of_warp[threadIdx.x / 32];
   if (s.alive && s.block.arrived == s.alive) {  // those that wait for the block wait for this one no longer
@@ -118,17 +124,29 @@ inline void run_block(int threads) {
     makecontext(&fiber.context, enter, 0);
     order[i] = i;
   }
-  for (long passes = 0; s.alive; ++passes) {
-    if (passes > 1000000) fail("threads wait for each other for ever");
-    for (int i = threads - 1; i > 0; --i) {
-      s.random = s.random * 6364136223846793005ull + 1442695040888963407ull;
-      std::swap(order[i], order[(s.random >> 33) % (i + 1)]);
+  auto draw = [&](int n) {
+    s.random = s.random * 6364136223846793005ull + 1442695040888963407ull;
+    return static_cast<int>((s.random >> 33) % n);
+  };
+  const int warps = threads / 32;
+  while (s.alive) {
+    const unsigned before = s.moved;
+    const int ahead = draw(2) ? draw(warps) : -1;  // a warp that goes on alone until it has to wait for others
+    for (int w = 0; w < warps; ++w) {
+      if (ahead >= 0 && w != ahead) continue;
+      unsigned last;
+      do {
+        last = s.moved;
+        for (int i = 31; i > 0; --i) std::swap(order[32 * w + i], order[32 * w + draw(i + 1)]);
+        for (int k = 0; k < 32; ++k) {
+          const int i = order[32 * w + k];
+          if (s.fibers[i].ended) continue;
+          threadIdx.x = i;
+          swapcontext(&s.scheduler, &s.fibers[i].context);
+        }
+      } while (ahead >= 0 && s.moved != last);
     }
-    for (int i : order) {
-      if (s.fibers[i].ended) continue;
-      threadIdx.x = i;
-      swapcontext(&s.scheduler, &s.fibers[i].context);
-    }
+    if (ahead < 0 && s.moved == before) fail("threads wait for each other for ever");
   }
 }
 
@@ -141,11 +159,12 @@ template <class P> P taken(const int64_t*& words) {
 }
 
 template <class... P>
-void launch(void (*kernel)(P...), const int64_t* words, int blocks, int threads, int shared) {
+void launch(void (*kernel)(P...), const int64_t* words, int n_words, int blocks, int threads, int shared) {
+  if (n_words != (... + (sizeof(P) > 8 ? sizeof(P) / 8 : 1))) fail("another number of parameters");
   if (threads % 32 || threads > MOST_THREADS) fail("no whole warps, or too many");
   std::pair<void (*)(P...), std::tuple<P...>> call{kernel, std::tuple<P...>{taken<P>(words)...}};
   State& s = state();
-  s.shared.assign(shared + 16, static_cast<char>(0xff));
+  if (shared > MOST_SHARED) fail("more shared memory than CUDA gives");
   s.arguments = &call;
   s.body = [](void* given) {
     auto& one = *static_cast<decltype(call)*>(given);
@@ -155,7 +174,10 @@ void launch(void (*kernel)(P...), const int64_t* words, int blocks, int threads,
   blockDim.x = threads;
   for (int i = 0; i < blocks; ++i) {
     blockIdx.x = i;
+    s.shared.assign(shared + GUARD, static_cast<char>(0xff));
     run_block(threads);
+    for (int j = shared; j < shared + GUARD; ++j)
+      if (s.shared[j] != static_cast<char>(0xff)) fail("a store behind shared memory");
   }
 }
 

@@ -18,6 +18,7 @@ import emulated_gpu
 
 SHIM = Path(__file__).with_name("host_cuda.h")
 COMPILER = "g++"
+LAUNCHED: set[str] = set()  # names of kernels
 OPTIONS = "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-Wno-unknown-pragmas"
 
 
@@ -32,20 +33,32 @@ def install() -> None:
 class HostKernel:
     """Stands for `moempi.device.cuda_launch.Kernel`."""
 
-    def __init__(self, run: Callable[..., None], n_parameters: int, words: int):
-        self._run, self._values = run, (ctypes.c_int64 * (n_parameters - 1 + words))()
+    def __init__(self, name: str, run: Callable[..., None], n_parameters: int, words: int):
+        self._name, self._run, self._is_struct = name, run, words > 1
+        self._values = (ctypes.c_int64 * (n_parameters - 1 + words))()
 
     def __call__(self, blocks: int, threads: int, values: list[Any], shared: int = 0) -> None:
         """Launch, and wait for it."""
-        self._values[: len(values)] = values
-        self._run(self._values, blocks, threads, shared)
+        if self._is_struct:
+            self._values[: len(values)] = values
+        else:
+            self._values[:] = values
+        LAUNCHED.add(self._name)
+        self._run(self._values, len(self._values), blocks, threads, shared)
+
+
+def never_launched() -> set[str]:
+    """Names of kernels."""
+    from moempi.device import cuda_rows
+
+    return set(cuda_rows.names()) - LAUNCHED
 
 
 def kernel(name: str, n_parameters: int, words: int = 1) -> HostKernel:
     """Stands for `cuda_rows._kernel`."""
     from moempi.device import cuda_rows
 
-    return HostKernel(getattr(_library(), f"run_{cuda_rows.names().index(name)}"), n_parameters, words)
+    return HostKernel(name, getattr(_library(), f"run_{cuda_rows.names().index(name)}"), n_parameters, words)
 
 
 @cache
@@ -59,8 +72,8 @@ def _library() -> ctypes.CDLL:
         assert declared in code
         code = code.replace(declared, f"float* {shared} = host::dynamic_shared();")
     runs = [
-        f'extern "C" void run_{i}(const int64_t* words, int blocks, int threads, int shared) '
-        f"{{ host::launch({name}, words, blocks, threads, shared); }}"
+        f'extern "C" void run_{i}(const int64_t* words, int n_words, int blocks, int threads, int shared) '
+        f"{{ host::launch({name}, words, n_words, blocks, threads, shared); }}"
         for i, name in enumerate(cuda_rows.names())
     ]
     text = "\n".join([SHIM.read_text(), code, *runs])
