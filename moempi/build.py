@@ -21,6 +21,7 @@ from moempi.files.weights import Weights, open_weights
 from moempi.home import Home
 from moempi.job import Job
 from moempi.layer import CpuForward, Forward
+from moempi.model.attention import ON_CPU, Planner
 from moempi.model.cache import KVCache
 from moempi.model.expert import Expert, leaf_range
 from moempi.model.network import Network
@@ -83,7 +84,21 @@ def build_rank(
     engine.requests.bell = hang_doorbells(world)
     relay = build_relay(topology, shape, tables, engine)
     control = Control(world.Dup(), engine.requests)
-    home = Home(
+    home = make_home(job, shape, engine, cache, control)
+    forward = CpuForward(network, engine, cache, layout.piece_rows, job.exchange.lockstep, relay)
+    return Rank(engine, home, control, forward, relay, device)
+
+
+def make_home(
+    job: Job, shape: Shape, engine: Engine, cache: KVCache, control: Control, planner: Planner = ON_CPU
+) -> Home:
+    """The sequences of a rank, as the job and its layout have them.
+
+    Args:
+        planner: the device's plans of attention.
+    """
+    config, layout = shape.config, shape.layout
+    return Home(
         engine,
         cache,
         capacity=job.run.capacity,
@@ -93,9 +108,8 @@ def build_rank(
         group=config.n_heads // config.n_kv_heads,
         eos_tokens=shape.eos_tokens,
         tell=lambda message: control.send(0, message),
+        planner=planner,
     )
-    forward = CpuForward(network, engine, cache, layout.piece_rows, job.exchange.lockstep, relay)
-    return Rank(engine, home, control, forward, relay, device)
 
 
 def build_relay(topology: Topology, shape: Shape, tables: dict[int, LayerTable], engine: Engine) -> Relay | None:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from moempi.build import Rank, load_slots
+from moempi.build import Rank, load_slots, make_home
 from moempi.device.cuda import Cuda
 from moempi.device.cuda_attention import tiles_agree
 from moempi.device.cuda_experts import Layer, Pieces, Scratch, Stack
@@ -22,7 +22,6 @@ from moempi.exchange.host_memory import HostMemory
 from moempi.exchange.slots import LayerTable, layer_tables
 from moempi.exchange.topology import Topology
 from moempi.files.weights import Weights, open_weights
-from moempi.home import Home
 from moempi.job import Job
 from moempi.layer_cuda import CudaForward
 from moempi.model.attention import Planner
@@ -93,18 +92,8 @@ def build_rank(
     )
     control = Control(world.Dup(), engine.requests)
     wide = most_rows_of_a_tile(config, shape.dtype, device) if world.rank in layout.homes else TILE
-    home = Home(
-        engine,
-        cache,
-        capacity=job.run.capacity,
-        n_microbatches=layout.n_microbatches,
-        n_decoding=layout.n_decoding,
-        budget=layout.step_tokens,
-        group=config.n_heads // config.n_kv_heads,
-        eos_tokens=shape.eos_tokens,
-        tell=lambda message: control.send(0, message),
-        planner=Planner(partial(plan_step, spare=cache.n_pages, wide=wide), lambda plan, _: plan.following),
-    )
+    planner = Planner(partial(plan_step, spare=cache.n_pages, wide=wide), lambda plan, _: plan.following)
+    home = make_home(job, shape, engine, cache, control, planner)
     forward = CudaForward(
         network=network,
         engine=engine,

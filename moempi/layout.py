@@ -152,15 +152,7 @@ def _lay_out(
         device=device,
         steps=steps_of_a_home(positions, new_tokens, len(homes), max(1, held // microbatches.decoding), step_tokens),
         relay_budget=memory.relay_budget(job.exchange.relay_budget, config, nbytes, step_tokens),
-        sizes={
-            "capacity": job.run.capacity,
-            "max_step_tokens": step_tokens,
-            "microbatches": microbatches.n,
-            "arrival_budget": budget,
-            "packed_head": device == "cpu",
-            "gpu": device == "cuda",
-            "trace_bytes": memory.trace_bytes(job.trace.level) if device == "cpu" else 0,
-        },
+        sizes=_sizes(job, step_tokens, microbatches.n, budget, device),
         gpu_bytes=gpu_bytes,
     )
     kv_tokens, placement, route, plans = most_that_fits(least, wanted, fitting)
@@ -185,6 +177,19 @@ def _lay_out(
         relay_budget=fitting.relay_budget,
         mode="fast" if job.model.mode == "fast" else "exact",
     )
+
+
+def _sizes(job: Job, step_tokens: int, microbatches: int, budget: int, device: str) -> dict[str, int]:
+    """What `memory.plan_memory` is told that does not depend on what fits."""
+    return {
+        "capacity": job.run.capacity,
+        "max_step_tokens": step_tokens,
+        "microbatches": microbatches,
+        "arrival_budget": budget,
+        "packed_head": device == "cpu",
+        "gpu": device == "cuda",
+        "trace_bytes": memory.trace_bytes(job.trace.level) if device == "cpu" else 0,
+    }
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def step_bytes(
 
 
 def host_bytes(config: ModelConfig, dtype_bytes: int, message_bytes: int, gpu_aware: str) -> int:
-    """What a rank on a GPU takes of its host's memory but for a trace: little, but for rows that pass through it.
+    """Bytes of its host's memory that a rank on a GPU takes, but for a trace: few, but for rows that pass through it.
 
     Args:
         message_bytes: of the rank's plan.

@@ -88,22 +88,14 @@ def plan_memory(
     kv = kv_bytes(config, dtype_bytes, kv_tokens + PAGE * gpu)  # a GPU has a page for padding
     own = microbatches * home_message_bytes(config, dtype_bytes, max_step_tokens, placement)
     own *= 1 if relays is None else 2
-    frames = 0
+    step, frames = step_bytes(config, dtype_bytes, capacity, max_step_tokens, microbatches), 0
     if gpu:
-        own += microbatches * gpu_memory.steady_message_bytes(config, dtype_bytes, capacity, placement.n_ranks)
+        sizes = {"capacity": capacity, "max_step_tokens": max_step_tokens, "microbatches": microbatches}
+        n_ranks, of_steady = placement.n_ranks, (config, dtype_bytes, capacity, placement.n_ranks)
+        step = gpu_memory.step_bytes(config, dtype_bytes, n_ranks=n_ranks, arrival_budget=arrival_budget, **sizes)
+        own += microbatches * gpu_memory.steady_message_bytes(*of_steady)
         if placement.leaves == 1 and config.moe_layers:  # at most: rows that are staged are not sent so
-            frames = gpu_memory.frame_bytes(config, dtype_bytes, capacity, placement.n_ranks)
-    step = step_bytes(config, dtype_bytes, capacity, max_step_tokens, microbatches)
-    if gpu:
-        step = gpu_memory.step_bytes(
-            config,
-            dtype_bytes,
-            n_ranks=placement.n_ranks,
-            capacity=capacity,
-            max_step_tokens=max_step_tokens,
-            microbatches=microbatches,
-            arrival_budget=arrival_budget,
-        )
+            frames = gpu_memory.frame_bytes(*of_steady)
     slots, experts = _slots_of_ranks(config, dtype_bytes, placement)
     home = [homes is None or rank in homes for rank in range(placement.n_ranks)]
     return [
