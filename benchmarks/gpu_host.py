@@ -83,8 +83,9 @@ def do_nothing() -> None:
         of_cover = counts.multinomial(pairs, [1 / blocks] * blocks)
         emulated.at(values[6], (blocks,), torch.int64).copy_(torch.from_numpy(of_cover))
 
-    def greedy(blocks: int, kinds: Any, logits: int, tokens: int, logprobs: int, v: int) -> None:
-        emulated.at(tokens, (blocks,), torch.int64).fill_(5)
+    def greedy(blocks: int, kinds: Any, logits: int, tokens: int, again: int, logprobs: int, v: int) -> None:
+        for address in filter(None, (tokens, again)):
+            emulated.at(address, (blocks,), torch.int64).fill_(5)
         emulated.at(logprobs, (blocks,), torch.float32).fill_(-1.0)
 
     emulated.KERNELS["sort_pairs"], emulated.KERNELS["greedy"] = sort_pairs, greedy

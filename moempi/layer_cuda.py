@@ -18,7 +18,7 @@ from moempi.batch import Step
 from moempi.device.cuda_attention import attend
 from moempi.device.cuda_graphs import Graphs
 from moempi.device.cuda_memory import Rows
-from moempi.device.cuda_rows import Headers, add_norm, greedy, scatter, sort_pairs, turn_heads
+from moempi.device.cuda_rows import Headers, add_norm, choose_experts, greedy, scatter, sort_pairs, turn_heads
 from moempi.device.cuda_rows import combine as add_outputs
 from moempi.device.cuda_transfer import all_to_device, staged, views, words_of
 from moempi.device.tile_plan import TilePlan, for_kernels
@@ -49,7 +49,9 @@ class StepBuffers:
         self.step = torch.empty(0, dtype=torch.int64, device=device)
         self.last: CudaStep | None = None  # the last that was not put together ahead
         self.ahead: Ahead | None = None
-        self.steps_ahead = 0  # that were
+        self.begun: Begun | None = None
+        self.follows = False  # the step under way is one that was put together ahead
+        self.steps_ahead = self.steps_begun = self.steps_in_vain = 0
         self.graphs = Graphs()
 
     def room_for_step(self, words: int) -> Tensor:
@@ -58,13 +60,29 @@ class StepBuffers:
             self.step, self.graphs = self.step.new_empty(2 * words), Graphs()
         return self.step
 
+    def to_begin(self, step: CudaStep) -> Ahead | None:
+        """The step that follows this one, if it is put together and likely to come: sequences have stayed so far."""
+        return self.ahead if self.follows and self.ahead and self.ahead.after is step.host else None
+
+    def put(self, ahead: Ahead) -> None:
+        """What a step tells the kernels, with the tokens that it has, to where they read it."""
+        self.step[: len(ahead.words)].copy_(ahead.words, non_blocking=True)
+
 
 class Ahead(NamedTuple):
-    """What a step tells the kernels, put together before its tokens are known."""
+    """A step of the same sequences as the last, put together before its tokens are known."""
 
+    after: TilePlan  # of the step before it
     plan: TilePlan
-    words: Tensor  # in pinned memory, as in `StepBuffers.step`
+    words: Tensor  # what it tells the kernels, in pinned memory, as in `StepBuffers.step`
     tokens: Tensor  # of them, those that are missing
+    there: CudaStep  # whose tensors lie where its own will
+
+
+class Begun(NamedTuple):
+    """The first layer of a step, launched before the host knew its tokens."""
+
+    route: Route | None
 
 
 @dataclass(frozen=True)
@@ -109,12 +127,18 @@ class CudaForward(Forward):
         """A step of the host, on the GPU."""
         device, plan = self.cache.keys.device, step.plan
         buffers = self.buffers_of(step.microbatch) if plan.steady else None
-        if buffers and buffers.last and buffers.ahead and buffers.ahead.plan is plan:
-            _, words, tokens = buffers.ahead
-            tokens.copy_(step.tokens)
-            buffers.step[: len(words)].copy_(words, non_blocking=True)
+        if buffers and buffers.ahead and buffers.ahead.plan is plan:
+            ahead = buffers.ahead
+            if not buffers.begun:
+                ahead.tokens.copy_(step.tokens)
+                buffers.put(ahead)
+            buffers.follows = True
             buffers.steps_ahead += 1
-            return replace(buffers.last, number=step.number, host=plan, buffers=buffers)
+            return replace(ahead.there, number=step.number, host=plan, buffers=buffers)
+        if buffers:
+            # Where sequences have ended, or others have come, what was begun is done again.
+            buffers.steps_in_vain += buffers.begun is not None
+            buffers.begun, buffers.follows = None, False
         tensors = for_kernels(step)
         n = words_of(tensors)
         memory = buffers.room_for_step(n) if buffers else torch.empty(n, dtype=torch.int64, device=device)
@@ -130,26 +154,41 @@ class CudaForward(Forward):
         """What puts together what the next steady step of the same sequences tells the kernels, in three works."""
         if buffers is None:
             return []
+        following: list[TilePlan] = []
         tensors: dict[str, Tensor] = {}
 
         def plan() -> None:
-            _ = step.plan.following
+            # A sequence may end by its token as well, which nobody knows yet.
+            if all(sequence.remaining > 1 for sequence in step.sequences) and step.plan.following is not None:
+                following.append(step.plan.following)
 
         def collect() -> None:
-            if step.plan.following is not None:
+            if following:
                 # Of its tokens it is known how many they are: this step's stand for them.
-                tensors.update(for_kernels(replace(step, plan=step.plan.following)))
+                tensors.update(for_kernels(replace(step, plan=following[0])))
 
         def stage() -> None:
-            if tensors:
+            if tensors and buffers.last:
                 words = staged(tensors)
-                buffers.ahead = Ahead(step.plan.following, words, views(tensors, words)["tokens"])
+                tokens = views(tensors, words)["tokens"]
+                buffers.ahead = Ahead(step.plan, following[0], words, tokens, buffers.last)
 
         def noted(work: Callable[[], None]) -> None:
             work()
             self.lap(COMPOSE, -1, step, 0)
 
         return [partial(noted, work) for work in (plan, collect, stage)]
+
+    def begin(self, ahead: Ahead, step: CudaStep, buffers: StepBuffers) -> None:
+        """Launch the first layer of the step that follows, whose tokens are on the GPU already.
+
+        Where a sequence turns out to have ended it was in vain. It has written what the step that is made then writes
+        again, and into pages that are given back, before others that take them do.
+        """
+        self.embed_steady(ahead.there, buffers)
+        buffers.steps_begun += 1
+        buffers.begun = Begun(self.run_until_sent(self.network.layers[0], ahead.there, buffers))
+        self.lap(COMPOSE, -1, step, 0)
 
     def buffers_of(self, microbatch: int) -> StepBuffers:
         """Memory of a microbatch's steady steps, made when the first one comes."""
@@ -189,7 +228,10 @@ class CudaForward(Forward):
     async def pass_steady(self, layer: Layer, x: Tensor, step: CudaStep, buffers: StepBuffers) -> None:
         """One layer of a steady step, in place: x is the first rows of `buffers.x`, up to what is combined later."""
         n, number = step.n_tokens, layer.number
-        route = buffers.graphs.run(step.shape, number, lambda: self.until_sent(layer, step, buffers))
+        if buffers.begun:
+            route, buffers.begun = buffers.begun.route, None
+        else:
+            route = self.run_until_sent(layer, step, buffers)
         self.lap(ATTEND, number, step, n)
         if route is None:
             return
@@ -217,6 +259,10 @@ class CudaForward(Forward):
         """Whether a layer's recording packs its rows, and the next one's combines them: its slots are whole experts."""
         return number in self.tables and not self.tables[number].table.cut
 
+    def run_until_sent(self, layer: Layer, step: CudaStep, buffers: StepBuffers) -> Route | None:
+        """Do `until_sent`, recorded where it has been done before."""
+        return buffers.graphs.run(step.shape, layer.number, lambda: self.until_sent(layer, step, buffers))
+
     def until_sent(self, layer: Layer, step: CudaStep, buffers: StepBuffers) -> Route | None:
         """A steady step from the answers of the layer before to the rows that leave; padding goes along, but not away.
 
@@ -231,7 +277,9 @@ class CudaForward(Forward):
             x.copy_(layer.dense_mlp(layer.close_attention(x, mixed)))
             return None
         self.close_and_norm(layer, x, mixed, attended, hidden)
-        route = layer.route(hidden)
+        # Weights where the next layer's recording finds them.
+        weights, c = buffers.weights[:n], layer.config
+        route = Route(*choose_experts(layer.gate(hidden), c.top_k, c.normalize_gate, weights))
         if self.is_recorded_whole(layer.number):
             self.pack_steady(layer.number, step, route, buffers)
         return route
@@ -246,7 +294,6 @@ class CudaForward(Forward):
             row = packed.d * packed.memory.itemsize
             headers = Headers(table.headers, packed.address, row)
         sort_pairs(route.experts, step.turns, *replicas, number, landing, places, headers)
-        buffers.weights[:n].copy_(route.weights)
         scatter(buffers.hidden[:n], places, packed.address)
 
     def combine_steady(self, n: int, buffers: StepBuffers) -> None:
@@ -261,9 +308,14 @@ class CudaForward(Forward):
         assert isinstance(step, CudaStep)
         if step.buffers is None:
             return super().embed(step)
-        x = torch.index_select(self.network.embedding, 0, step.tokens, out=step.buffers.x[: step.n_tokens])
+        if not step.buffers.begun:
+            self.embed_steady(step, step.buffers)
         self.lap(EMBED, -1, step, step.n_tokens)
-        return x
+        return step.buffers.x[: step.n_tokens]
+
+    def embed_steady(self, step: CudaStep, buffers: StepBuffers) -> None:
+        """Rows of the step's tokens, into `buffers.x`."""
+        torch.index_select(self.network.embedding, 0, step.tokens, out=buffers.x[: step.n_tokens])
 
     def mix(self, layer: Layer, x: Tensor, step: Step) -> Tensor:
         """Attention before its output's projection, of rows [R, D]; their keys and values go into the cache."""
@@ -305,13 +357,21 @@ class CudaForward(Forward):
         Raises:
             MoempiError: a score is not a number.
         """
-        n = len(step.last)
+        assert isinstance(step, CudaStep)
+        n, buffers = len(step.last), step.buffers
+        ahead = buffers.to_begin(step) if buffers else None
+        if buffers and ahead:
+            buffers.put(ahead)
         # The kernel writes into memory of the host: there is nothing to copy.
         tokens = torch.empty(n, dtype=torch.int64, pin_memory=True)
         logprobs = torch.empty(n, dtype=torch.float32, pin_memory=True)
-        greedy(self.network.logits(x if n == len(x) else x[step.last]), (tokens, logprobs))
+        again = ahead.there.tokens if ahead else None
+        greedy(self.network.logits(x if n == len(x) else x[step.last]), (tokens, logprobs), again)
         self.lap(HEAD, -1, step, n)
-        await self.engine.passed()
+        chosen = self.engine.mark()
+        if buffers and ahead:
+            self.begin(ahead, step, buffers)
+        await chosen
         if not np.isfinite(logprobs.numpy()).all():
             raise MoempiError("the scores of the next token are not finite: the weights overflow in this dtype")
         return tokens.tolist(), logprobs.tolist()

@@ -150,14 +150,20 @@ def combine(x: Tensor, answers: Tensor, places: Tensor, weights: Tensor, out: Te
     return out
 
 
-def choose_experts(logits: Tensor, top_k: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def choose_experts(
+    logits: Tensor, top_k: int, normalize: bool, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Softmax of logits [T, E] float32, then the K best [T, K] int32 with their weights [T, K] float32.
 
     Equal scores go to the lowest index.
+
+    Args:
+        weights: for these.
     """
     t, e = logits.shape
     experts = torch.empty(t, top_k, dtype=torch.int32, device=logits.device)
-    weights = torch.empty(t, top_k, dtype=torch.float32, device=logits.device)
+    if weights is None:
+        weights = torch.empty(t, top_k, dtype=torch.float32, device=logits.device)
     if t:
         warps = 4 if e <= 2048 else 1
         values = [logits.data_ptr(), experts.data_ptr(), weights.data_ptr(), t, e, top_k, int(normalize)]
@@ -238,13 +244,16 @@ def row_tables(
     _kernel("row_tables", 10, WORDS)(shape[0] * shape[1], 128, values)
 
 
-def greedy(logits: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def greedy(
+    logits: Tensor, out: tuple[Tensor, Tensor] | None = None, again: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Best token [S] int64, lowest id among equals, and its log-probability [S] float32, of logits [S, V] float32.
 
     The log-probability is not a number where a score is not finite: who reads it has to look.
 
     Args:
         out: both, on the GPU or in pinned memory of the host.
+        again: [S] int64, for the tokens a second time.
     """
     s, v = logits.shape
     tokens, logprobs = out or (
@@ -252,7 +261,8 @@ def greedy(logits: Tensor, out: tuple[Tensor, Tensor] | None = None) -> tuple[Te
         torch.empty(s, dtype=torch.float32, device=logits.device),
     )
     if s:
-        _kernel("greedy", 4)(s, 1024, [logits.data_ptr(), tokens.data_ptr(), logprobs.data_ptr(), v])
+        copy = 0 if again is None else again.data_ptr()
+        _kernel("greedy", 5)(s, 1024, [logits.data_ptr(), tokens.data_ptr(), copy, logprobs.data_ptr(), v])
     return tokens, logprobs
 
 

@@ -133,7 +133,7 @@ async def dispatch(
         by_slot = _by_slot(tokens, counts, on_gpu)
         rows, answers, block = await _reserve(engine, by_slot.shape[0], hidden.shape[1], table)
         cuda_rows.gather(hidden, by_slot, rows.address)
-        await engine.passed()
+        await engine.mark()
     slot_counts = counts[on_gpu.cover_of_slot] if table.cut else counts
     back = send(engine, table, microbatch, slot_counts, rows, answers, most_rows, key)
     slot_begin = np.concatenate([[0], slot_counts.cumsum()])

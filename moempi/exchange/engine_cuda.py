@@ -117,6 +117,7 @@ class CudaEngine(Engine):
         try:
             with torch.cuda.stream(self.high):
                 super().run(tasks)
+                self._high_clock.after(lambda: None)  # of a step that was begun and not taken further
                 while any(self._clocks):
                     self._look_at_clocks()
         finally:
@@ -174,16 +175,16 @@ class CudaEngine(Engine):
             self._did_one = False
         return moved
 
-    async def passed(self) -> None:
-        """Until all has ended that the stream of high priority, which is the current one, has been given."""
+    def mark(self) -> Future:
+        """Done when all has ended that the stream of high priority, which is the current one, has been given by now."""
         done = Future()
         self._high_clock.after(lambda: self.notify(done))
-        await done
+        return done
 
     async def fetch(self, *tensors: Tensor) -> list[np.ndarray]:
         """Copies of tensors on the host, once the current stream has come to here."""
         hosts = [to_host(tensor) for tensor in tensors]
-        await self.passed()
+        await self.mark()
         return [host.numpy() for host in hosts]
 
     def counts(self, microbatch: int, n: int) -> Tensor:
@@ -195,7 +196,7 @@ class CudaEngine(Engine):
 
     async def counted(self, microbatch: int, n: int) -> np.ndarray:
         """A copy [n] of these counts, once the current stream has come to here."""
-        await self.passed()
+        await self.mark()
         return self.counts(microbatch, n).numpy().copy()
 
     # ------------------------------------------------------------ memory of messages

@@ -261,16 +261,18 @@ def test_a_clock_calls_back_in_order_behind_the_work_of_its_stream() -> None:
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("s,v", [(1, 1), (3, 37), (65, 1024), (5, 151936)])
 def test_greedy(random: torch.Generator, s: int, v: int, pinned: bool) -> None:
-    """Into memory of the GPU, or of the host."""
+    """Into memory of the GPU, or of the host and the tokens into the GPU's as well."""
     logits, out = draw(random, s, v) * 5, None
     if pinned:
         types = torch.int64, torch.float32
         out = tuple(torch.full((s,), -1, dtype=dtype, pin_memory=True) for dtype in types)
-    found = cuda_rows.greedy(logits, out)
+    again = torch.full((s,), -1, device=DEVICE)
+    found = cuda_rows.greedy(logits, out, again if pinned else None)
     torch.cuda.synchronize()
     assert out is None or all(map(operator.is_, found, out))
     tokens, logprobs = (tensor.to(DEVICE) for tensor in found)
     assert torch.equal(tokens, logits.argmax(-1))
+    assert torch.equal(again, tokens if pinned else torch.full_like(tokens, -1))
     expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.unsqueeze(1)).squeeze(1)
     assert (logprobs.double() - expected).abs().max() < 1e-5
     assert torch.equal(cuda_rows.greedy(logits[-1:].clone())[1], logprobs[-1:])

@@ -194,10 +194,12 @@ def row_tables(
             begin += n
 
 
-def greedy(blocks: int, kinds: Any, logits: int, tokens: int, logprobs: int, v: int) -> None:
+def greedy(blocks: int, kinds: Any, logits: int, tokens: int, again: int, logprobs: int, v: int) -> None:
     scores = at(logits, (blocks, v), torch.float32)
     best = scores.argmax(-1)  # the first of equals
     chances = scores.log_softmax(-1).gather(1, best[:, None])[:, 0]
+    if again:
+        at(again, (blocks,), torch.int64).copy_(best)
     for address, values in ((tokens, best), (logprobs, chances)):  # which the host reads
         at(address, (blocks,), values.dtype).fill_(-1)
         COMING.add(partial(at(address, (blocks,), values.dtype).copy_, values))
@@ -528,7 +530,9 @@ def main() -> None:
 
     StepBuffers.__init__, CudaEngine._came, CudaEngine.send = kept, counted, sent  # type: ignore[method-assign,assignment]
     run_jobs.main()
-    told = {"steps_ahead": sum(one.steps_ahead for one in made), "frames": frames[0], "too_large": too_large[0]}
+    names = "steps_ahead", "steps_begun", "steps_in_vain"
+    told = {name: sum(getattr(one, name) for one in made) for name in names}
+    told |= {"frames": frames[0], "too_large": too_large[0]}
     Path(sys.argv[1]).with_suffix(f".steady-{MPI.COMM_WORLD.rank}.json").write_text(json.dumps(told))
 
 
