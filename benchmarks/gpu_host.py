@@ -133,22 +133,21 @@ def measure(world: Any, folder: Path, rounds: int, profile: int | None) -> dict[
 
 
 def add_up_rests() -> list[float]:
-    """Seconds [1] that this rank's engines rest from now on, each time up to the last look that finds nothing."""
+    """Seconds [1] that this rank rests from now on, each time up to the last look that finds nothing."""
     from moempi.exchange.engine_cuda import CudaEngine
+    from moempi.recorder import Recorder
 
-    total, since, rest, note = [0.0], [0.0], CudaEngine._rest, CudaEngine._note_rest
+    total, since, wait, rest = [0.0], [0], CudaEngine._waited_for, Recorder.rest
 
-    def begun(engine: CudaEngine) -> None:
-        since[0] = time.perf_counter()
-        rest(engine)
+    def waits(engine: CudaEngine) -> tuple[int, int]:
+        since[0] = time.perf_counter_ns()
+        return wait(engine)
 
-    def noted(engine: CudaEngine) -> None:
-        note(engine)
-        now = time.perf_counter()
-        total[0] += now - since[0]
-        since[0] = now
+    def rested(recorder: Recorder, stage: int, peer: int = -1, end: int = 0) -> None:
+        rest(recorder, stage, peer, end)
+        total[0] += ((end or time.perf_counter_ns()) - since[0]) / 1e9
 
-    CudaEngine._rest, CudaEngine._note_rest = begun, noted  # type: ignore[method-assign]
+    CudaEngine._waited_for, Recorder.rest = waits, rested  # type: ignore[method-assign]
     return total
 
 

@@ -233,15 +233,14 @@ class Engine:
             self._empty_polls = self._sleeps = 0
         else:
             self._sleeps += 1
-        self._note_rest()
+        self.recorder.rest(*self._waited_for())  # the look at the network that found nothing is part of it
 
-    def _note_rest(self) -> None:
-        """The look at the network that found nothing is part of the rest."""
+    def _waited_for(self) -> tuple[int, int]:
+        """What a rank with nothing to do waits for, as a stage and a peer of the trace."""
         oldest = next(iter(self._unanswered.values()), None)
         if oldest is not None:
-            self.recorder.rest(EXPOSED, oldest.peer)
-        else:
-            self.recorder.rest(BARRIER if self._meeting else IDLE)
+            return EXPOSED, oldest.peer
+        return (BARRIER if self._meeting else IDLE), -1
 
     def _nap(self) -> float:
         """Seconds to sleep: longer and longer while nothing comes, up to what is under way allows.

@@ -39,7 +39,7 @@ from moempi.stages import ANSWER_KIND, DISPATCH_KIND, EXPERT, LOADED, NO_STEP, R
 
 T = TypeVar("T")
 
-LOOKS = 32  # at clocks and messages, of a rank with nothing else to do, before its next turn
+LOOKS = 64  # at clocks and messages, of a rank with nothing else to do, before its next turn
 
 
 class Announced(NamedTuple):
@@ -131,20 +131,27 @@ class CudaEngine(Engine):
             self._empty_polls = self._sleeps = 0
             if self._work_early():
                 return
-            for look in range(LOOKS):
-                self._note_rest()  # up to this look, which may end what it waits for
-                # A look at clocks takes a fraction of one at messages, of which announcements are the rarest.
-                if (
-                    self._look_at_clocks()
-                    or self._take_arrivals(announced=look % 4 == 0 or self._frames is None)
-                    or self._look_at_clocks()
-                    or self.requests.test()
-                ):
+            waited_for = self._waited_for()
+            for number in range(LOOKS):
+                begun = time.perf_counter_ns()
+                if self._look(everywhere=number % 4 == 0):
+                    self.recorder.rest(*waited_for, begun)  # up to this look, which has ended what it waited for
                     self.recorder.lap(RECEIVE)
                     self._go_on()
                     if self._early or self._ready or self.experts:
                         return
+                    waited_for = self._waited_for()
         super()._rest()
+
+    def _look(self, *, everywhere: bool) -> bool:
+        """Whether anything has ended or come; where not everywhere, of messages only what this rank waits for."""
+        # Each kind of look takes microseconds, of which half pass before what has come is seen.
+        if self._look_at_clocks():
+            return True
+        company = bool(self.experts.waiting)  # of rows of other homes is what rows that are here wait for; else answers
+        if (company or everywhere) and self._take_arrivals(announced=everywhere or self._frames is None):
+            return True
+        return (everywhere or not company) and self.requests.test()
 
     def _work_early(self) -> bool:
         """Do something before it is needed, while the rank waits for the GPU; whether there was anything."""
@@ -169,8 +176,7 @@ class CudaEngine(Engine):
     def _look_at_clocks(self) -> bool:
         moved = False
         for clock in self._clocks:
-            if clock:
-                moved = clock.look() or moved
+            moved = clock.look() or moved
         if moved:
             self._did_one = False
         return moved

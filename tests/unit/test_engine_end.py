@@ -18,6 +18,7 @@ from moempi.exchange.plan import Tags
 from moempi.exchange.requests import Requests
 from moempi.exchange.waiting import CallCost, Waiting
 from moempi.recorder import Recorder
+from moempi.stages import IDLE
 
 
 @pytest.mark.timeout(30)
@@ -53,7 +54,7 @@ def test_a_rank_that_was_rung_for_looks_more_than_once_before_it_sleeps_again() 
     bell = SimpleNamespace(sleep=lambda seconds: slept.append(seconds) or True)
     rank = SimpleNamespace(
         _empty_polls=EMPTY_POLLS, _sleeps=3, _looked=1.0, _empty_since=0.0, _services_due=9.0, _unanswered={},
-        _meeting=None, _limits=SimpleNamespace(spin=0.0), _nap=lambda: 0.02, _note_rest=lambda: None,
+        _meeting=None, _limits=SimpleNamespace(spin=0.0), _nap=lambda: 0.02, _waited_for=lambda: (IDLE, -1),
         requests=SimpleNamespace(bell=bell), recorder=SimpleNamespace(rest=lambda *_: None),
     )  # fmt: skip
     for _ in range(1 + EMPTY_POLLS):
