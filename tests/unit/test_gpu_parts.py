@@ -17,7 +17,7 @@ from moempi.device import cuda_binding
 from moempi.device.arena import ALIGNMENT, Arena, aligned
 from moempi.device.cuda_binding import gpu_index, installed_cupys, refuse_allocators, why_not
 from moempi.device.cuda_graphs import Graphs
-from moempi.device.product_tiles import tile_for
+from moempi.device.product_tiles import Tile, fitted, tile_for
 from moempi.device.telling import telling_cache
 from moempi.device.tile_plan import for_kernels, plan_step, plan_tiles
 from moempi.errors import JobError
@@ -225,6 +225,10 @@ def test_what_recordings_read_lies_at_the_same_places_for_every_number_of_sequen
         (8192, 7168, None, (128, 128)),  # rows side by side never take the widest
         (8192, 7168, 1, (128, 256)),
         (32, 2048, 32, (64, 128)),  # 512 tiles, none of them full
+        (25, 2048, 32, (64, 128)),
+        (24, 2048, 32, (32, 128)),  # few weights have more than 32
+        (24, 2048, 8, (64, 64)),  # 128 tiles of 128 outputs
+        (24, 30000, None, (64, 128)),  # side by side
         (65, 2048, 32, (128, 256)),
         (64, 2048, 32, (64, 128)),  # half of 128 rows are not enough
         (128, 7168, 1, (64, 64)),  # 112 tiles of 64 rows and 128 outputs
@@ -232,6 +236,21 @@ def test_what_recordings_read_lies_at_the_same_places_for_every_number_of_sequen
 )
 def test_tiles_are_filled_and_enough(rows: int, outputs: int, weights: int | None, expected: tuple[int, int]) -> None:
     assert tile_for(torch.bfloat16, rows, outputs, weights)[:2] == expected
+
+
+@pytest.mark.parametrize(
+    "tile,n,stages",
+    [
+        ((64, 128, 64, 4, 4), 264, 4),  # two on each multiprocessor
+        ((64, 128, 64, 4, 4), 265, 3),
+        ((64, 128, 64, 4, 4), 396, 3),  # three
+        ((64, 128, 64, 4, 4), 397, 4),
+        ((128, 128, 64, 8, 3), 300, 3),
+        ((64, 64, 64, 4, 5), 300, 5),
+    ],
+)
+def test_a_stage_less_where_all_tiles_have_room(tile: tuple[int, int, int, int, int], n: int, stages: int) -> None:
+    assert fitted(Tile(*tile), n) == Tile(*tile)._replace(stages=stages)
 
 
 def test_tiles_of_float32() -> None:
