@@ -137,15 +137,17 @@ def add_up_rests() -> list[float]:
     from moempi.exchange.engine_cuda import CudaEngine
     from moempi.recorder import Recorder
 
-    total, since, wait, rest = [0.0], [0], CudaEngine._waited_for, Recorder.rest
+    total, since, wait, rest = [0.0], [0.0], CudaEngine._waited_for, Recorder.rest
 
     def waits(engine: CudaEngine) -> tuple[int, int]:
-        since[0] = time.perf_counter_ns()
+        since[0] = time.perf_counter()
         return wait(engine)
 
-    def rested(recorder: Recorder, stage: int, peer: int = -1, end: int = 0) -> None:
-        rest(recorder, stage, peer, end)
-        total[0] += ((end or time.perf_counter_ns()) - since[0]) / 1e9
+    def rested(recorder: Recorder, *given: int) -> None:
+        rest(recorder, *given)
+        now = time.perf_counter()
+        total[0] += now - since[0]
+        since[0] = now
 
     CudaEngine._waited_for, Recorder.rest = waits, rested  # type: ignore[method-assign]
     return total

@@ -114,17 +114,13 @@ class Recorder:
             self.span(stage, layer, key, self.since, end, tokens, nbytes, peer)
             self.since = end
 
-    def rest(self, stage: int, peer: int = -1, end: int = 0) -> None:
-        """A lap with nothing to do; one like the last goes on with it, so that a long rest is one span.
-
-        Args:
-            end: when it ended, if that is not now.
-        """
+    def rest(self, stage: int, peer: int = -1) -> None:
+        """A lap with nothing to do; one like the last goes on with it, so that a long rest is one span."""
         if self._on:
             if self._resting != (stage, peer):
                 self._end_rest()
                 self._resting, self._rest_begin = (stage, peer), self.since
-            self.since = end or perf_counter_ns()
+            self.since = perf_counter_ns()
 
     def _end_rest(self) -> None:
         if self._resting is not None:

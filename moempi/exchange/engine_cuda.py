@@ -133,9 +133,8 @@ class CudaEngine(Engine):
                 return
             waited_for = self._waited_for()
             for number in range(LOOKS):
-                begun = time.perf_counter_ns()
+                self.recorder.rest(*waited_for)  # up to this look, which may end what it waits for
                 if self._look(everywhere=number % 4 == 0):
-                    self.recorder.rest(*waited_for, begun)  # up to this look, which has ended what it waited for
                     self.recorder.lap(RECEIVE)
                     self._go_on()
                     if self._early or self._ready or self.experts:

@@ -122,8 +122,8 @@ def _stage_bytes(config: ModelConfig, dtype_bytes: int) -> int:
 
 
 def _routes(config: ModelConfig) -> int:
-    """Bytes per token of routes: experts and weights of every layer and shape, places and weights of the step."""
-    return (GRAPH_SHAPES * len(config.moe_layers) + 1) * config.top_k * 2 * _FLOAT32
+    """Bytes per token of routes, 4 each: experts of every layer and shape, places and weights of the step."""
+    return (GRAPH_SHAPES * len(config.moe_layers) + 2) * config.top_k * _FLOAT32
 
 
 def room_of(rows: int) -> int:
