@@ -83,8 +83,8 @@ def do_nothing() -> None:
         of_cover = counts.multinomial(pairs, [1 / blocks] * blocks)
         emulated.at(values[6], (blocks,), torch.int64).copy_(torch.from_numpy(of_cover))
 
-    def greedy(blocks: int, kinds: Any, logits: int, tokens: int, again: int, logprobs: int, v: int) -> None:
-        for address in filter(None, (tokens, again)):
+    def greedy(blocks: int, kinds: Any, logits: int, tokens: int, copy: int, logprobs: int, v: int) -> None:
+        for address in filter(None, (tokens, copy)):
             emulated.at(address, (blocks,), torch.int64).fill_(5)
         emulated.at(logprobs, (blocks,), torch.float32).fill_(-1.0)
 
@@ -137,11 +137,12 @@ def add_up_rests() -> list[float]:
     from moempi.exchange.engine_cuda import CudaEngine
     from moempi.recorder import Recorder
 
-    total, since, wait, rest = [0.0], [0.0], CudaEngine._waited_for, Recorder.rest
+    total, since = [0.0], [0.0]
+    begin, rest, lap = CudaEngine._rest, Recorder.rest, Recorder.lap
 
-    def waits(engine: CudaEngine) -> tuple[int, int]:
+    def begun(engine: CudaEngine) -> None:
         since[0] = time.perf_counter()
-        return wait(engine)
+        begin(engine)
 
     def rested(recorder: Recorder, *given: int) -> None:
         rest(recorder, *given)
@@ -149,7 +150,11 @@ def add_up_rests() -> list[float]:
         total[0] += now - since[0]
         since[0] = now
 
-    CudaEngine._waited_for, Recorder.rest = waits, rested  # type: ignore[method-assign]
+    def lapped(recorder: Recorder, *given: Any, **named: Any) -> None:
+        lap(recorder, *given, **named)
+        since[0] = time.perf_counter()
+
+    CudaEngine._rest, Recorder.rest, Recorder.lap = begun, rested, lapped  # type: ignore[method-assign]
     return total
 
 

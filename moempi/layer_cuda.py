@@ -57,12 +57,18 @@ class StepBuffers:
     def room_for_step(self, words: int) -> Tensor:
         """int64 [>= words] for what a step tells the kernels; the same memory each time, while it is large enough."""
         if len(self.step) < words:
+            # A recording that is under way, of a step that was begun in vain, goes when it has ended: CUDA sees to it.
             self.step, self.graphs = self.step.new_empty(2 * words), Graphs()
         return self.step
 
     def to_begin(self, step: CudaStep) -> Ahead | None:
         """The step that follows this one, if it is put together and likely to come: sequences have stayed so far."""
         return self.ahead if self.follows and self.ahead and self.ahead.after is step.host else None
+
+    def part(self) -> None:
+        """The step that comes is of other sequences: what was begun of the one that was put together was in vain."""
+        self.steps_in_vain += self.begun is not None
+        self.begun, self.follows = None, False
 
     def put(self, ahead: Ahead) -> None:
         """What a step tells the kernels, with the tokens that it has, to where they read it."""
@@ -126,19 +132,11 @@ class CudaForward(Forward):
     def on_gpu(self, step: Step) -> CudaStep:
         """A step of the host, on the GPU."""
         device, plan = self.cache.keys.device, step.plan
+        if used := self.buffers.get(step.microbatch):
+            if used.ahead and used.ahead.plan is plan:
+                return self.ahead_on_gpu(step, used, used.ahead)
+            used.part()
         buffers = self.buffers_of(step.microbatch) if plan.steady else None
-        if buffers and buffers.ahead and buffers.ahead.plan is plan:
-            ahead = buffers.ahead
-            if not buffers.begun:
-                ahead.tokens.copy_(step.tokens)
-                buffers.put(ahead)
-            buffers.follows = True
-            buffers.steps_ahead += 1
-            return replace(ahead.there, number=step.number, host=plan, buffers=buffers)
-        if buffers:
-            # Where sequences have ended, or others have come, what was begun is done again.
-            buffers.steps_in_vain += buffers.begun is not None
-            buffers.begun, buffers.follows = None, False
         tensors = for_kernels(step)
         n = words_of(tensors)
         memory = buffers.room_for_step(n) if buffers else torch.empty(n, dtype=torch.int64, device=device)
@@ -150,28 +148,37 @@ class CudaForward(Forward):
             buffers.last = replace(made, buffers=None)  # no circle, which would keep memory of the GPU
         return made
 
+    def ahead_on_gpu(self, step: Step, buffers: StepBuffers, ahead: Ahead) -> CudaStep:
+        """The step that has been put together ahead, with its tokens; they are there if it has begun."""
+        if not buffers.begun:
+            ahead.tokens.copy_(step.tokens)
+            buffers.put(ahead)
+        buffers.follows = True
+        buffers.steps_ahead += 1
+        return replace(ahead.there, number=step.number, host=step.plan, buffers=buffers)
+
     def look_ahead(self, step: Step, buffers: StepBuffers | None) -> list[Callable[[], None]]:
         """What puts together what the next steady step of the same sequences tells the kernels, in three works."""
         if buffers is None:
             return []
-        following: list[TilePlan] = []
         tensors: dict[str, Tensor] = {}
 
         def plan() -> None:
-            # A sequence may end by its token as well, which nobody knows yet.
-            if all(sequence.remaining > 1 for sequence in step.sequences) and step.plan.following is not None:
-                following.append(step.plan.following)
+            _ = step.plan.following
 
         def collect() -> None:
-            if following:
+            # A sequence may end by its token as well, which nobody knows yet.
+            stay = all(sequence.remaining > 1 for sequence in step.sequences)
+            if stay and step.plan.following is not None:
                 # Of its tokens it is known how many they are: this step's stand for them.
-                tensors.update(for_kernels(replace(step, plan=following[0])))
+                tensors.update(for_kernels(replace(step, plan=step.plan.following)))
 
         def stage() -> None:
-            if tensors and buffers.last:
+            if tensors:
+                assert buffers.last is not None, "the step that is under way, or one before"
                 words = staged(tensors)
                 tokens = views(tensors, words)["tokens"]
-                buffers.ahead = Ahead(step.plan, following[0], words, tokens, buffers.last)
+                buffers.ahead = Ahead(step.plan, step.plan.following, words, tokens, buffers.last)
 
         def noted(work: Callable[[], None]) -> None:
             work()
@@ -180,15 +187,17 @@ class CudaForward(Forward):
         return [partial(noted, work) for work in (plan, collect, stage)]
 
     def begin(self, ahead: Ahead, step: CudaStep, buffers: StepBuffers) -> None:
-        """Launch the first layer of the step that follows, whose tokens are on the GPU already.
+        """Launch the first layer of the step that follows, whose tokens are on the GPU already; nothing leaves.
 
-        Where a sequence turns out to have ended it was in vain. It has written what the step that is made then writes
-        again, and into pages that are given back, before others that take them do.
+        Where a sequence turns out to have ended this was in vain, and does no harm: all is on one stream. Keys and
+        values are those that the step writes again which is made instead, or lie on pages of sequences that have
+        ended, and whoever gets these writes behind it.
         """
+        first = self.network.layers[0]
         self.embed_steady(ahead.there, buffers)
         buffers.steps_begun += 1
-        buffers.begun = Begun(self.run_until_sent(self.network.layers[0], ahead.there, buffers))
-        self.lap(COMPOSE, -1, step, 0)
+        buffers.begun = Begun(self.run_until_sent(first, ahead.there, buffers))
+        self.lap(ATTEND, first.number, step, 0)
 
     def buffers_of(self, microbatch: int) -> StepBuffers:
         """Memory of a microbatch's steady steps, made when the first one comes."""
@@ -277,7 +286,7 @@ class CudaForward(Forward):
             x.copy_(layer.dense_mlp(layer.close_attention(x, mixed)))
             return None
         self.close_and_norm(layer, x, mixed, attended, hidden)
-        # Weights where the next layer's recording finds them.
+        # `Layer.route`, with the weights where the next layer's recording finds them.
         weights, c = buffers.weights[:n], layer.config
         route = Route(*choose_experts(layer.gate(hidden), c.top_k, c.normalize_gate, weights))
         if self.is_recorded_whole(layer.number):
@@ -365,8 +374,8 @@ class CudaForward(Forward):
         # The kernel writes into memory of the host: there is nothing to copy.
         tokens = torch.empty(n, dtype=torch.int64, pin_memory=True)
         logprobs = torch.empty(n, dtype=torch.float32, pin_memory=True)
-        again = ahead.there.tokens if ahead else None
-        greedy(self.network.logits(x if n == len(x) else x[step.last]), (tokens, logprobs), again)
+        next_tokens = ahead.there.tokens if ahead else None
+        greedy(self.network.logits(x if n == len(x) else x[step.last]), (tokens, logprobs), next_tokens)
         self.lap(HEAD, -1, step, n)
         chosen = self.engine.mark()
         if buffers and ahead:

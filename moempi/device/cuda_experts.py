@@ -15,7 +15,7 @@ from moempi.device.cuda_products import Tiles, product_at, product_gathered, pro
 from moempi.device.cuda_rows import row_tables, swiglu_at
 from moempi.device.cuda_source_routes import WORDS
 from moempi.device.cuda_transfer import put
-from moempi.device.product_tiles import TILES, fitted, tile_for
+from moempi.device.product_tiles import TILES, tile_for, with_room
 from moempi.model.expert import Expert
 from moempi.planning.gpu_memory import room_of
 
@@ -182,8 +182,10 @@ class Stack:
         table = self._scratch.table(sum(sizes) + n_batches * (3 + n_slots), self.gate_up)
         scratch = self._scratch.take(room, width + hidden, self.gate_up)
         of_tiles, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(3))
+        # There are about as many as if each slot had its share of the rows.
+        each = -(-room // (n_slots * tile.rows)) * n_slots
         up, back = (
-            Tiles(fitted(tile, n_slots * -(-outputs // tile.outputs)), tiles, of_tiles, unit) for outputs in (width, d)
+            Tiles(with_room(tile, each * -(-outputs // tile.outputs)), tiles, of_tiles, unit) for outputs in (width, d)
         )
         source, gated = memory.data_ptr(), scratch.data_ptr()
         activated = gated + room * width * dtype.itemsize

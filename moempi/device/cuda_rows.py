@@ -158,7 +158,7 @@ def choose_experts(
     Equal scores go to the lowest index.
 
     Args:
-        weights: for these.
+        weights: [T, K] that the weights are written into; by default new.
     """
     t, e = logits.shape
     experts = torch.empty(t, top_k, dtype=torch.int32, device=logits.device)
@@ -245,7 +245,7 @@ def row_tables(
 
 
 def greedy(
-    logits: Tensor, out: tuple[Tensor, Tensor] | None = None, again: Tensor | None = None
+    logits: Tensor, out: tuple[Tensor, Tensor] | None = None, copy: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Best token [S] int64, lowest id among equals, and its log-probability [S] float32, of logits [S, V] float32.
 
@@ -253,7 +253,7 @@ def greedy(
 
     Args:
         out: both, on the GPU or in pinned memory of the host.
-        again: [S] int64, for the tokens a second time.
+        copy: [S] int64, that the tokens are written into as well.
     """
     s, v = logits.shape
     tokens, logprobs = out or (
@@ -261,8 +261,8 @@ def greedy(
         torch.empty(s, dtype=torch.float32, device=logits.device),
     )
     if s:
-        copy = 0 if again is None else again.data_ptr()
-        _kernel("greedy", 5)(s, 1024, [logits.data_ptr(), tokens.data_ptr(), copy, logprobs.data_ptr(), v])
+        addresses = [logits.data_ptr(), tokens.data_ptr(), 0 if copy is None else copy.data_ptr(), logprobs.data_ptr()]
+        _kernel("greedy", 5)(s, 1024, [*addresses, v])
     return tokens, logprobs
 
 

@@ -219,7 +219,7 @@ __global__ void swiglu(const T* gate_up, T* out, integer f) {
 
 // One block of 1024 threads per row.
 __global__ void __launch_bounds__(1024, 1)
-greedy(const float* logits, integer* tokens, integer* again, float* logprobs, integer vocab) {
+greedy(const float* logits, integer* tokens, integer* copy, float* logprobs, integer vocab) {
   __shared__ float peaks[32];
   __shared__ integer ids[32];
   const float* row = logits + blockIdx.x * vocab;
@@ -247,7 +247,7 @@ greedy(const float* logits, integer* tokens, integer* again, float* logprobs, in
   sum = block_sum(sum);
   if (threadIdx.x == 0) {
     tokens[blockIdx.x] = at;
-    if (again) again[blockIdx.x] = at;
+    if (copy) copy[blockIdx.x] = at;
     logprobs[blockIdx.x] = fabsf(best) < infinity ? -logf(sum) : __int_as_float(0x7fc00000);
   }
 }

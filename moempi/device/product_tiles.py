@@ -18,20 +18,18 @@ class Tile(NamedTuple):
     stages: int
 
 
-# The least first, and last what is thin. All tiles of a dtype give the same bits (the self-test looks): a tile decides
-# who computes an output, not in which order.
-TILES = {
-    torch.bfloat16: (
-        Tile(64, 64, 64, 4, 5),
-        Tile(64, 128, 64, 4, 4),
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 256, 64, 8, 3),
-        Tile(32, 128, 64, 4, 5),
-    ),
+THIN = Tile(32, 128, 64, 4, 5)
+MIDDLE = Tile(64, 128, 64, 4, 4)
+LEAN = MIDDLE._replace(stages=3)
+_LADDER = {  # the smaller first
+    torch.bfloat16: (Tile(64, 64, 64, 4, 5), MIDDLE, Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 8, 3)),
     torch.float32: (Tile(16, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3)),
 }
+# All tiles of a dtype give the same bits (the self-test looks): a tile decides who computes an output, not in which
+# order.
+TILES = {torch.bfloat16: (*_LADDER[torch.bfloat16], THIN, LEAN), torch.float32: _LADDER[torch.float32]}
 NARROW = 128  # outputs, of the widest tile that rows side by side take: wider ones took 10 to 30 % longer
-ENOUGH = 132  # tiles, for an H200 to be busy with
+ENOUGH = 132  # tiles, for an H200 to be busy with: it has as many multiprocessors
 # Rows of each of several weights, up to which a thin tile is best. They are an average, and weights with more rows than
 # a tile are read twice: calls with 8 and 16 rows of a weight took 4 to 12 % less so, some with 32 rows 17 % more.
 FEW = 24
@@ -47,24 +45,24 @@ def tile_for(dtype: torch.dtype, rows: int, outputs: int, weights: int | None = 
         rows: of each weight.
         weights: whose rows are gathered; None for one weight, whose rows lie side by side.
     """
-    least, *others = TILES[dtype]
-    for tile in reversed(others):
-        tiles = -(-rows // tile.rows) * -(-outputs // tile.outputs) * (weights or 1)
-        if tile.rows < least.rows:
-            suits = weights is not None and rows <= FEW
-        else:
-            filled = 2 * rows > tile.rows or tile.rows == least.rows
-            suits = filled and (weights is not None or tile.outputs <= NARROW)
-        if suits and tiles >= ENOUGH:
+
+    def are_enough(tile: Tile) -> bool:
+        return -(-rows // tile.rows) * -(-outputs // tile.outputs) * (weights or 1) >= ENOUGH
+
+    if weights and rows <= FEW and THIN in TILES[dtype] and are_enough(THIN):
+        return THIN
+    least, *larger = _LADDER[dtype]
+    for tile in reversed(larger):
+        filled = 2 * rows > tile.rows or tile.rows == least.rows
+        if filled and are_enough(tile) and (weights or tile.outputs <= NARROW):
             return tile
     return least
 
 
-def fitted(tile: Tile, n: int) -> Tile:
-    """The tile for n of it in all: with a stage less where that makes room for all of them at once.
+def with_room(tile: Tile, n: int) -> Tile:
+    """The tile for some n of it in all: the middle one with a stage less where all have room at once then, only.
 
-    Of 64 rows and 128 outputs a multiprocessor has room for two, and with three stages for three: 384 tiles took 67 us
-    with four stages, and 63 with three; where all had room as they were, or neither way, four were 2 to 7 % faster.
+    A multiprocessor has room for two of it, and with three stages for three: 384 tiles took 67 us with four stages, and
+    63 with three. Where all had room as they were, or neither way, four were up to 15 % faster.
     """
-    two, three = 2 * ENOUGH, 3 * ENOUGH
-    return tile._replace(stages=3) if tile[:2] == (64, 128) and two < n <= three else tile
+    return LEAN if tile == MIDDLE and 2 * ENOUGH < n <= 3 * ENOUGH else tile

@@ -117,7 +117,7 @@ class CudaEngine(Engine):
         try:
             with torch.cuda.stream(self.high):
                 super().run(tasks)
-                self._high_clock.after(lambda: None)  # of a step that was begun and not taken further
+                self._high_clock.after(lambda: None)  # also for a step that was begun in vain, for which nobody waits
                 while any(self._clocks):
                     self._look_at_clocks()
         finally:
@@ -134,7 +134,7 @@ class CudaEngine(Engine):
             waited_for = self._waited_for()
             for number in range(LOOKS):
                 self.recorder.rest(*waited_for)  # up to this look, which may end what it waits for
-                if self._look(everywhere=number % 4 == 0):
+                if self._look(everywhere=number % 4 == 3):  # as the turn before the first one did
                     self.recorder.lap(RECEIVE)
                     self._go_on()
                     if self._early or self._ready or self.experts:
@@ -147,10 +147,10 @@ class CudaEngine(Engine):
         # Each kind of look takes microseconds, of which half pass before what has come is seen.
         if self._look_at_clocks():
             return True
-        company = bool(self.experts.waiting)  # of rows of other homes is what rows that are here wait for; else answers
-        if (company or everywhere) and self._take_arrivals(announced=everywhere or self._frames is None):
+        for_rows = bool(self.experts.waiting)  # rows are here that wait for those of other homes; else for answers
+        if (for_rows or everywhere) and self._take_arrivals(announced=everywhere or self._frames is None):
             return True
-        return (everywhere or not company) and self.requests.test()
+        return (everywhere or not for_rows) and self.requests.test()
 
     def _work_early(self) -> bool:
         """Do something before it is needed, while the rank waits for the GPU; whether there was anything."""

@@ -83,7 +83,9 @@ def models(folder: Path, dtypes: Sequence[str], n: int, longest: int) -> dict[st
             place = folder / f"{dtype}-{i}"
             place.mkdir()
             config = random_config(rng, rng.choice([4, 5, 8]))
-            config["eos_token_id"] = list(range(0, config["vocab_size"], 12))  # some sequences end by their tokens
+            config["eos_token_id"] = list(range(0, config["vocab_size"], 6))  # some sequences end by their tokens
+            if i == 0 and config["num_hidden_layers"] > 1:
+                config["mlp_only_layers"] = [0]  # what a step begins with has no experts
             if i == 0 and dtype == "bfloat16":
                 config["hidden_size"] += config["hidden_size"] % 2  # rows of whole words are sent in frames
             lengths = [70, *(rng.randint(1, longest) for _ in range(6))]  # the first one goes over a page

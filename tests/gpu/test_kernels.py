@@ -266,13 +266,13 @@ def test_greedy(random: torch.Generator, s: int, v: int, pinned: bool) -> None:
     if pinned:
         types = torch.int64, torch.float32
         out = tuple(torch.full((s,), -1, dtype=dtype, pin_memory=True) for dtype in types)
-    again = torch.full((s,), -1, device=DEVICE)
-    found = cuda_rows.greedy(logits, out, again if pinned else None)
+    copy = torch.full((s,), -1, device=DEVICE)
+    found = cuda_rows.greedy(logits, out, copy if pinned else None)
     torch.cuda.synchronize()
     assert out is None or all(map(operator.is_, found, out))
     tokens, logprobs = (tensor.to(DEVICE) for tensor in found)
     assert torch.equal(tokens, logits.argmax(-1))
-    assert torch.equal(again, tokens if pinned else torch.full_like(tokens, -1))
+    assert torch.equal(copy, tokens if pinned else torch.full_like(tokens, -1))
     expected = torch.log_softmax(logits.double(), -1).gather(1, tokens.unsqueeze(1)).squeeze(1)
     assert (logprobs.double() - expected).abs().max() < 1e-5
     assert torch.equal(cuda_rows.greedy(logits[-1:].clone())[1], logprobs[-1:])

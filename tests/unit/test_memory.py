@@ -346,8 +346,8 @@ def test_activations_on_a_gpu_by_hand() -> None:
     logits = 3 * 50 * (2 + 4)
     tables = 2 * 64 * 6 * 4
     # Steady steps: 16 rows of each microbatch, three of its own, a stage, and of every pair of the routes of 12 shapes
-    # and 2 layers an expert and a weight, and once a place and a weight.
-    steady = 2 * 16 * (3 * 8 * 2 + stage + (12 * 2 + 1) * 2 * 8)
+    # and 2 layers an expert, and once a place and a weight.
+    steady = 2 * 16 * (3 * 8 * 2 + stage + (12 * 2 + 2) * 2 * 4)
     assert steps == resident + 10 * stage + steady + call + logits + tables + 48 * 2**20
 
 

@@ -18,7 +18,7 @@ import random
 import struct
 import sys
 import types
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -194,12 +194,12 @@ def row_tables(
             begin += n
 
 
-def greedy(blocks: int, kinds: Any, logits: int, tokens: int, again: int, logprobs: int, v: int) -> None:
+def greedy(blocks: int, kinds: Any, logits: int, tokens: int, copy: int, logprobs: int, v: int) -> None:
     scores = at(logits, (blocks, v), torch.float32)
     best = scores.argmax(-1)  # the first of equals
     chances = scores.log_softmax(-1).gather(1, best[:, None])[:, 0]
-    if again:
-        at(again, (blocks,), torch.int64).copy_(best)
+    if copy:
+        at(copy, (blocks,), torch.int64).copy_(best)
     for address, values in ((tokens, best), (logprobs, chances)):  # which the host reads
         at(address, (blocks,), values.dtype).fill_(-1)
         COMING.add(partial(at(address, (blocks,), values.dtype).copy_, values))
@@ -292,6 +292,10 @@ class Coming:
         else:
             work()
 
+    def has(self, stream: int) -> bool:
+        """Whether a stream has anything to do yet."""
+        return bool(self._streams.get(stream))
+
     def step(self) -> bool:
         """One thing of one stream; whether there was any."""
         busy = [works for works in self._streams.values() if works]
@@ -310,6 +314,10 @@ class Stream:
 
     def __init__(self, priority: int = 0):
         self.cuda_stream = next(Stream.numbers)
+
+    def query(self) -> bool:
+        """Whether it has done all that it was given."""
+        return not COMING.has(self.cuda_stream)
 
     def wait_stream(self, other: Stream) -> None:
         """Where nothing comes late all that `other` was given is done."""
@@ -498,10 +506,11 @@ def _patch_moempi(late: bool) -> None:
 
 
 def main() -> None:
-    """The jobs, and beside their list, by rank, how often that was done which only steady steps do."""
+    """The jobs, and beside their list, by rank and job, how often that was done which only steady steps do."""
     import run_jobs
     from mpi4py import MPI
 
+    import moempi.run
     from moempi import build_cuda
     from moempi.exchange.engine_cuda import CudaEngine
     from moempi.layer_cuda import StepBuffers
@@ -511,28 +520,35 @@ def main() -> None:
     build_cuda.largest_frame = lambda *_: LARGEST_FRAME  # type: ignore[attr-defined]
     if sys.argv[2] == "poisoned":  # and no more room than for one
         build_cuda.frame_bytes = lambda *_: LARGEST_FRAME  # type: ignore[attr-defined]
-    made, frames, too_large = list[StepBuffers](), [0], [0]
-    make, came, send = StepBuffers.__init__, CudaEngine._came, CudaEngine.send
+    told = dict[str, Counter[str]]()  # by job
+    make, came, send, run = StepBuffers.__init__, CudaEngine._came, CudaEngine.send, moempi.run.run
 
-    def kept(one: StepBuffers, *given: Any) -> None:
-        make(one, *given)
-        made.append(one)
+    def run_one(world: Any, job: Any, **given: Any) -> Any:
+        made, counts = list[StepBuffers](), Counter[str]()
 
-    def counted(engine: CudaEngine, *given: Any) -> None:
-        frames[0] += 1
-        came(engine, *given)
+        def kept(one: StepBuffers, *given: Any) -> None:
+            make(one, *given)
+            made.append(one)
 
-    def sent(engine: CudaEngine, message: Any, *given: Any, framed: bool = False) -> None:
-        announced = engine.requests, len(engine.requests)
-        send(engine, message, *given, framed=framed)
-        # Counts and rows leave and an answer is awaited: three, of a frame two.
-        too_large[0] += framed and len(announced[0]) - announced[1] == 3
+        def counted(engine: CudaEngine, *given: Any) -> None:
+            counts["frames"] += 1
+            came(engine, *given)
 
-    StepBuffers.__init__, CudaEngine._came, CudaEngine.send = kept, counted, sent  # type: ignore[method-assign,assignment]
+        def sent(engine: CudaEngine, message: Any, *given: Any, framed: bool = False) -> None:
+            announced = engine.requests, len(engine.requests)
+            send(engine, message, *given, framed=framed)
+            # Counts and rows leave and an answer is awaited: three, of a frame two.
+            counts["too_large"] += framed and len(announced[0]) - announced[1] == 3
+
+        StepBuffers.__init__, CudaEngine._came, CudaEngine.send = kept, counted, sent  # type: ignore[method-assign,assignment]
+        outcome = run(world, job, **given)
+        for name in ("steps_ahead", "steps_begun", "steps_in_vain"):
+            counts[name] = sum(getattr(one, name) for one in made)
+        told[job.output.file.stem] = counts
+        return outcome
+
+    moempi.run.run = run_one  # type: ignore[assignment]
     run_jobs.main()
-    names = "steps_ahead", "steps_begun", "steps_in_vain"
-    told = {name: sum(getattr(one, name) for one in made) for name in names}
-    told |= {"frames": frames[0], "too_large": too_large[0]}
     Path(sys.argv[1]).with_suffix(f".steady-{MPI.COMM_WORLD.rank}.json").write_text(json.dumps(told))
 
 

@@ -60,12 +60,27 @@ def engine_type(name: str) -> Any:
     return PoisonedEngine
 
 
+def look_at_ends() -> None:
+    """From now on an engine that ends while kernels of its are at work, in memory that others may get, is an error."""
+    from moempi.exchange.engine_cuda import CudaEngine
+
+    run = CudaEngine.run
+
+    def looked_at(engine: CudaEngine, tasks: list[Any]) -> None:
+        run(engine, tasks)
+        assert engine.high.query(), "kernels are still at work"
+
+    CudaEngine.run = looked_at  # type: ignore[method-assign]
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO)
     jobs = [load_job(Path(name)) for name in json.loads(Path(sys.argv[1]).read_text())]
     if jobs[0].run.device == "cuda":
         gpu_mpi.prepare(os.environ)
     world = mpi.start()
+    if jobs[0].run.device == "cuda":
+        look_at_ends()
     from moempi.run import run
 
     outcomes = []
