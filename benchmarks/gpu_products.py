@@ -77,8 +77,8 @@ def timed(flush: torch.Tensor, work: Callable[[], Any], rounds: int = 9) -> floa
 
 
 def name_of(tile: Tile) -> str:
-    """For the results."""
-    return f"{tile.rows}x{tile.outputs}"
+    """For the results: rows, outputs and stages."""
+    return f"{tile.rows}x{tile.outputs}/{tile.stages}"
 
 
 def products(flush: torch.Tensor) -> list[dict[str, Any]]:
