@@ -26,7 +26,7 @@ from moempi.device.cuda_experts import Scratch, Stack
 from moempi.device.cuda_memory import Rows
 from moempi.device.cuda_products import product
 from moempi.device.cuda_transfer import all_to_device, words_of
-from moempi.device.product_tiles import TILES, Tile, tile_for
+from moempi.device.product_tiles import TILES, Tile, tile_for, with_room
 from moempi.device.tile_plan import TILE, WIDE_TILE, TilePlan, plan_tiles
 from moempi.exchange.arrivals import Arrival
 from moempi.model.attention import Span
@@ -109,11 +109,12 @@ def experts(flush: torch.Tensor) -> list[dict[str, Any]]:
                 for home in range(2)
             ]
             us = {}
+            cuda_experts.with_room = lambda tile, _: tile
             for tile in TILES[DTYPE]:
                 cuda_experts.tile_for = lambda *_, tile=tile: tile
                 stack = Stack(gate_up, down, exact=True, scratch=Scratch())
                 us[name_of(tile)] = timed(flush, lambda s=stack, b=batches, m=flat: s(b, m))
-            cuda_experts.tile_for = tile_for
+            cuda_experts.tile_for, cuda_experts.with_room = tile_for, with_room
             worth, cuda_experts.WORTH_CALLS = cuda_experts.WORTH_CALLS, 0.0
             stack = Stack(gate_up, down, exact=False, scratch=Scratch())
             us["cuBLAS"] = timed(flush, lambda s=stack, b=batches, m=flat: s(b, m))

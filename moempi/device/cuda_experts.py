@@ -17,7 +17,7 @@ from moempi.device.cuda_source_routes import WORDS
 from moempi.device.cuda_transfer import put
 from moempi.device.product_tiles import TILES, tile_for, with_room
 from moempi.model.expert import Expert
-from moempi.planning.gpu_memory import room_of
+from moempi.planning.gpu_memory import room_of, usual_rows
 
 # Operations per part, below which one launch for all is faster than cuBLAS part by part: its three calls take the host
 # some 60 us, in which the GPU does this much, and a small product does not fill it.
@@ -156,7 +156,7 @@ class Stack:
 
     def _together(self, batches: Sequence[Batch], memory: Tensor, rows: int) -> None:
         if rows > self._few:
-            large = self._call_for(len(batches), rows, memory)
+            large = self._call_for(len(batches), rows, rows, memory)
             self._make_tables(batches, large)
             large.launch()
             return
@@ -166,26 +166,27 @@ class Stack:
             self._calls.clear()
         call = self._calls.get(key)
         if call is None:
-            call = self._calls[key] = self._call_for(len(batches), room, memory)
+            call = self._calls[key] = self._call_for(len(batches), room, usual_rows(room), memory)
             self._version = self._scratch.version
         self._make_tables(batches, call)
         # What is recorded depends on where things lie, not on how many batches there are.
         self._scratch.graphs.run((room, self._version, key[2]), self.gate_up.data_ptr(), call.launch)
 
-    def _call_for(self, n_batches: int, room: int, memory: Tensor) -> _Call:
-        """A call of so many batches, with room for so many rows."""
+    def _call_for(self, n_batches: int, room: int, rows: int, memory: Tensor) -> _Call:
+        """A call of so many batches, with room for so many rows, of about so many."""
         n_slots, width, d = self.gate_up.shape
         unit, hidden, dtype = self._unit, width // 2, self.gate_up.dtype
-        tile = tile_for(dtype, -(-room // n_slots), d, n_slots)
+        of_slot = -(-rows // n_slots)
+        tile = tile_for(dtype, of_slot, d, n_slots)
         tiles = n_slots + room // tile.rows  # or fewer
         sizes = [n + n % 2 for n in (3 * tiles, room, room)]  # each table is aligned to 16 bytes
         table = self._scratch.table(sum(sizes) + n_batches * (3 + n_slots), self.gate_up)
         scratch = self._scratch.take(room, width + hidden, self.gate_up)
         of_tiles, inward, outward = (table.data_ptr() + 8 * sum(sizes[:i]) for i in range(3))
-        # There are about as many as if each slot had its share of the rows.
-        each = -(-room // (n_slots * tile.rows)) * n_slots
+        filled = n_slots * -(-of_slot // tile.rows)  # about
         up, back = (
-            Tiles(with_room(tile, each * -(-outputs // tile.outputs)), tiles, of_tiles, unit) for outputs in (width, d)
+            Tiles(with_room(tile, filled * -(-outputs // tile.outputs)), tiles, of_tiles, unit)
+            for outputs in (width, d)
         )
         source, gated = memory.data_ptr(), scratch.data_ptr()
         activated = gated + room * width * dtype.itemsize

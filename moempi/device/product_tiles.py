@@ -31,7 +31,8 @@ TILES = {torch.bfloat16: (*_LADDER[torch.bfloat16], THIN, LEAN), torch.float32: 
 NARROW = 128  # outputs, of the widest tile that rows side by side take: wider ones took 10 to 30 % longer
 ENOUGH = 132  # tiles, for an H200 to be busy with: it has as many multiprocessors
 # Rows of each of several weights, up to which a thin tile is best. They are an average, and weights with more rows than
-# a tile are read twice: calls with 8 and 16 rows of a weight took 4 to 12 % less so, some with 32 rows 17 % more.
+# a tile are read twice: calls with 8 and 16 rows of a weight took 4 to 12 % less than with the middle tile, of those
+# with 32 rows one took 17 % more.
 FEW = 24
 
 
@@ -60,9 +61,9 @@ def tile_for(dtype: torch.dtype, rows: int, outputs: int, weights: int | None = 
 
 
 def with_room(tile: Tile, n: int) -> Tile:
-    """The tile for some n of it in all: the middle one with a stage less where all have room at once then, only.
+    """The tile for some n of it: the middle one has a stage less where only so all have room at once.
 
-    A multiprocessor has room for two of it, and with three stages for three: 384 tiles took 67 us with four stages, and
-    63 with three. Where all had room as they were, or neither way, four were up to 15 % faster.
+    A multiprocessor has room for two, and with three stages for three: 384 tiles took 67 us with four stages, and 63
+    with three. Where all had room as they were, or neither way, four were up to 15 % faster.
     """
     return LEAN if tile == MIDDLE and 2 * ENOUGH < n <= 3 * ENOUGH else tile

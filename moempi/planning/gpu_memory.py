@@ -135,6 +135,11 @@ def room_of(rows: int) -> int:
     return ROUND_ROWS * -(-(rows - ROUND_ROWS // 2) // ROUND_ROWS) + ROUND_ROWS // 2
 
 
+def usual_rows(room: int) -> int:
+    """Rows of the calls that have a room, in the middle."""
+    return room - min(ROUND_ROWS, room) // 2
+
+
 def call_rows(
     config: ModelConfig, dtype_bytes: int, n_ranks: int, microbatches: int, max_step_tokens: int, arrival_budget: int
 ) -> int:

@@ -24,7 +24,7 @@ from moempi.errors import JobError
 from moempi.exchange import gpu_mpi
 from moempi.exchange.waiting import LONGEST, CallCost, Waiting
 from moempi.model.attention import Span
-from moempi.planning.gpu_memory import GRAPH_SHAPES, ROUND_ROWS, room_of
+from moempi.planning.gpu_memory import GRAPH_SHAPES, ROUND_ROWS, room_of, usual_rows
 
 
 def test_blocks_are_taken_first_fit_and_join_again() -> None:
@@ -309,6 +309,8 @@ def test_the_rooms_of_recorded_calls_are_few_and_large_enough() -> None:
     assert len(set(rooms)) == 7
     for around in (512, 1024, 2048):
         assert len({room_of(around + off) for off in range(-200, 201)}) == 1, "what varies a little stays in its room"
+        assert usual_rows(room_of(around)) == around
+    assert usual_rows(room_of(1)) == 128
 
 
 CALL, SLOT, FEW = 200_000, 1_000, 512
