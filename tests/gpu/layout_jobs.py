@@ -123,7 +123,7 @@ def run_all(
             named[name, case.name] = job
     for (ranks, device, engine), jobs in launches.items():
         name = "run_jobs.py" if device == "cpu" else program
-        _launch(folder / f"{ranks}-{device}-{engine}", PROGRAMS / name, ranks, engine, jobs)
+        launch(folder / f"{ranks}-{device}-{engine}", PROGRAMS / name, ranks, engine, jobs)
     return Runs(outputs, named)
 
 
@@ -137,7 +137,8 @@ def _cuts(case: Case, model: Model) -> tuple[Cut, ...]:
     return ((layer, 0, 4), (layer, 1, 2))
 
 
-def _launch(folder: Path, program: Path, ranks: int, engine: str, jobs: Sequence[Job]) -> None:
+def launch(folder: Path, program: Path, ranks: int, engine: str, jobs: Sequence[Job]) -> None:
+    """Run jobs, one after the other, with what a program of PROGRAMS makes of an engine's name."""
     folder.mkdir()
     names = []
     for i, job in enumerate(jobs):

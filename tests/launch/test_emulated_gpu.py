@@ -6,6 +6,7 @@ Steady steps, recordings, messages, streams, memory: the jobs and checks are tho
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,21 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
 
-from layout_jobs import DTYPES, Runs, check_cuts, check_dense, check_layouts, check_tokens, check_traces, run_all
+from layout_jobs import (
+    DTYPES,
+    ON_GPU,
+    PROGRAMS,
+    Runs,
+    check_cuts,
+    check_dense,
+    check_layouts,
+    check_tokens,
+    check_traces,
+    launch,
+    run_all,
+)
+from layouts import Layout, job_of
+from models import random_config, write_model
 from ranks import Running
 from stacks import check_trace
 
@@ -78,3 +93,13 @@ def test_steps_are_made_ahead_and_send_frames(runs: Runs) -> None:
     # Whatever else a job is about.
     for case in ("one", "two", "two-staged", "four", "four-lockstep", "four-pieces", "leaves-cut", "two-poisoned"):
         assert begun[case] > 0, begun
+
+
+def test_a_job_ends_behind_a_step_that_was_begun_in_vain(tmp_path: Path) -> None:
+    """No kernel is at work any more when it has ended, where `run_jobs` looks: others may get their memory."""
+    config = random_config(random.Random(1), 4, num_hidden_layers=3, mlp_only_layers=[])
+    model = write_model(tmp_path, config, 1, [3, 5, 4], 20, {"generate.stop_at_eos": False, "run.capacity": 3})
+    job = job_of(model, Layout(1, ON_GPU), tmp_path / "ended.h5")
+    launch(tmp_path / "jobs", PROGRAMS / "emulated_gpu.py", 1, "ending", [job])
+    counts = json.loads(next((tmp_path / "jobs").glob("*.steady-0.json")).read_text())["ended"]
+    assert counts["steps_begun"] == 3 and counts["steps_ahead"] == 3, counts
