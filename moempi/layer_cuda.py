@@ -65,7 +65,7 @@ class StepBuffers:
         """The step that follows this one, if it is put together and likely to come: sequences have stayed so far."""
         return self.ahead if self.follows and self.ahead and self.ahead.after is step.host else None
 
-    def part(self) -> None:
+    def drop_begun(self) -> None:
         """The step that comes is of other sequences: what was begun of the one that was put together was in vain."""
         self.steps_in_vain += self.begun is not None
         self.begun, self.follows = None, False
@@ -135,7 +135,7 @@ class CudaForward(Forward):
         if used := self.buffers.get(step.microbatch):
             if used.ahead and used.ahead.plan is plan:
                 return self.ahead_on_gpu(step, used, used.ahead)
-            used.part()
+            used.drop_begun()
         buffers = self.buffers_of(step.microbatch) if plan.steady else None
         tensors = for_kernels(step)
         n = words_of(tensors)

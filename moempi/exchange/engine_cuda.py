@@ -380,12 +380,7 @@ class CudaEngine(Engine):
             self.recorder.sent(ANSWER_KIND, arrival.layer, self.rank, len(arrival.rows), 0)
             self.notify(arrival.done, self.rank)
             return
-        self._back.send(
-            arrival.answer,
-            arrival.source,
-            arrival.tag,
-            lambda: self.memory.give(arrival.block),
-        )
+        self._back.send(arrival.answer, arrival.source, arrival.tag, lambda: self.memory.give(arrival.block))
         self.recorder.sent(ANSWER_KIND, arrival.layer, arrival.source, len(arrival.rows), arrival.answer.nbytes)
 
     def free(self) -> None:

@@ -136,7 +136,7 @@ def room_of(rows: int) -> int:
 
 
 def usual_rows(room: int) -> int:
-    """Rows of the calls that have a room, in the middle."""
+    """Rows that an expert call with a room has: the middle of what gets this room."""
     return room - min(ROUND_ROWS, room) // 2
 
 
